@@ -1,0 +1,497 @@
+# SPDX-License-Identifier: MIT
+"""Structured Semantic Transfer (SST): multi-label recognition when single labels are missing.
+
+Chen, Pu, Wu, Xie, Lin: Structured Semantic Transfer for Multi-Label Recognition with Partial
+Labels, AAAI 2022. Each class attends to its own place in the image and gets its own feature. Two
+modules guess unknown labels: IST looks inside the image, where a learned co-occurrence lets known
+positives vouch for others; CST looks across images, where a feature close to those of a class's
+known positives gets the class. The known labels and both completed sets train the classifier.
+
+Run:  python sst.py                                                toy world, 10 % known
+      python sst.py --no-ist --no-cst                              the baseline, SSGRL
+      python sst.py --data coco --root DIR --known 0.5             the paper's recipe
+      python tests/ablations.py sst                                the table of the README
+
+Measured: see README.md, "Results".
+
+Differs from the paper:
+ 1. Eq. 2 averages over the known positives (--intra-reduce sum for the letter): five times 0.2
+    would pass any threshold.
+ 2. Eq. 4 gets its minus sign and max(p - m, 0). Its negatives are pairs with both labels known
+    (--pairs either, all for others): any other choice sees negatives oftener than positives the
+    fewer labels are known, and no p passes the threshold.
+ 3. Eq. 6 keeps the mean unit feature of a class from the last epoch, which is the mean of cosines.
+ 4. Eq. 7-8 average (+,+) pairs and the rest apart, over a batch; the rare (+,+) would drown.
+ 5. Every loss is a mean, so the toy recipe has its own lambdas.
+ 6. The trunk keeps its batch statistics; SSGRL's two linear maps after the tanh are one;
+    the graph's cell is a GRU cell; the first layer of phi_intra takes 2D numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections import defaultdict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common
+from common import InputError
+
+RECIPES = {  # "real" is the paper's; lambdas differ because every loss here is a mean
+    "real": dict(
+        arch="resnet101", size=448, width=1024, hidden=(512, 1024), crops=(512, 448, 384, 320, 256),
+        epochs=20, batch_size=32, lr=1e-5, lr_step=10, weight_decay=5e-4, workers=4,
+        lambda_1=10.0, lambda_2=0.05,
+    ),
+    "toy": dict(
+        arch="toy", size=64, width=64, hidden=(128, 128), crops=(512, 448),
+        epochs=16, batch_size=32, lr=1e-3, lr_step=12, weight_decay=1e-4, workers=0,
+        lambda_1=3.0, lambda_2=0.2,
+    ),
+}  # fmt: skip
+
+
+# what the shape of the model hangs on: taken from the checkpoint by --eval and --predict
+MODEL_ARGS = "arch train_trunk size width hidden sarl no_ist stat_cooc".split()
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument_group("task").add_argument
+    add("--data", default="toy", help=f"one of {', '.join(common.DATASETS)}")
+    add("--root", help="folder of the data set")
+    add("--known", type=float, default=0.1, help="proportion of label ENTRIES kept, in (0, 1]")
+    add("--mask-seed", type=int, default=0, help="which labels are hidden; 0 is the benchmark's")
+    add("--limit", type=int, help="use the first LIMIT images of each split")
+    add("--eval", action="store_true", help="only evaluate the checkpoint of --resume PATH")
+    add("--predict", nargs="+", metavar="IMAGE", help="only predict these, with --resume PATH")
+    add = parser.add_argument_group("method").add_argument
+    add("--arch", help="toy, or a torchvision classifier with a spatial trunk")
+    add("--weights", default="default", help="default (ImageNet V1), none, or a state dict")
+    add("--train-trunk", choices=("last", "all", "none"), default="last", help="stages trained")
+    add("--size", type=int, help="side of the square input in pixels")
+    add("--width", type=int, help="D, width of the class features")
+    add("--hidden", type=int, nargs=2, help="widths of the hidden layers of phi_intra")
+    add("--sarl", choices=("sd", "sam"), default="sd", help="semantic decoupling or attention")
+    add("--glove", help="GloVe text file, 300-d; without it word vectors are learned")
+    add("--no-ist", action="store_true", help="no intra-image transfer")
+    add("--no-cst", action="store_true", help="no cross-image transfer")
+    add("--no-ist-loss", action="store_true", help="drop L_ist, keep its pseudo-labels")
+    add("--no-cst-loss", action="store_true", help="drop L_cst, keep its pseudo-labels")
+    add("--stat-cooc", action="store_true", help="Eq. 2 with the co-occurrence of the data set")
+    add("--intra-reduce", choices=("mean", "sum"), default="mean", help="Eq. 2 over known labels")
+    add("--pairs", choices=("both", "either", "all"), default="both", help="see pair_targets()")
+    add("--lambda-1", type=float, help="weight of L_ist")
+    add("--lambda-2", type=float, help="weight of L_cst")
+    add("--theta-intra", type=float, default=0.75, help="lowest threshold of Eq. 2")
+    add("--theta-cross", type=float, default=0.75, help="lowest threshold of Eq. 6")
+    add = parser.add_argument_group("run").add_argument
+    add("--epochs", type=int)
+    add("--stop-after", type=int, metavar="E", help="end this run after epoch E of its schedule")
+    add("--batch-size", type=int)
+    add("--lr", type=float)
+    add("--workers", type=int, help="processes that decode images")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--precision", choices=("fp32", "bf16"), default="fp32")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--seed", type=int, default=0, help="initial weights, order and augmentation")
+    add("--out", help="for log.jsonl, last.pt, samples.png; default runs/sst-DATA-N")
+    add("--resume", metavar="{auto,PATH}", help="continue OUT/last.pt if it is there, or PATH")
+    add("--dry-run", action="store_true", help="a few steps on a few images, nothing written")
+    toy = parser.parse_known_args(argv)[0].data == "toy"
+    parser.set_defaults(**RECIPES["toy" if toy else "real"])
+    return common.check_args(parser.parse_args(argv))
+
+
+# ------------------------------------------------------------------------------------------- model
+
+
+def build_trunk(arch: str, weights: str) -> tuple[nn.Sequential, nn.Sequential, int]:
+    """Return (early stages, last stage, channels of the feature map) of a classifier less its head.
+
+    The last stage starts at the last layer that shrinks the map, `layer4` of a ResNet.
+    """
+    layers = common.toy_trunk(weights) if arch == "toy" else common.torchvision_trunk(arch, weights)
+    x, sides = torch.zeros(1, 3, 224, 224), []
+    with torch.no_grad():
+        for layer in layers.eval():
+            sides.append(x.shape[-1])
+            x = layer(x)
+    last = max(k for k, side in enumerate(sides) if side > (sides + [x.shape[-1]])[k + 1])
+    return layers[:last], layers[last:], x.shape[1]
+
+
+class SemanticDecoupling(nn.Module):
+    """Class features by low-rank bilinear attention (SSGRL, ICCV 2019): (B, N, D) -> (B, C, D).
+
+    SSGRL's two linear maps after the tanh have no nonlinearity between them and are one here.
+    """
+
+    def __init__(self, num_classes: int, width: int, words: Tensor | None) -> None:
+        super().__init__()
+        self.words = nn.Parameter(torch.randn(num_classes, 300) if words is None else words)
+        self.words.requires_grad = words is None
+        self.image = nn.Linear(width, width, bias=False)
+        self.word = nn.Linear(300, width, bias=False)
+        self.attention = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = self.image(x), self.word(self.words)  # (B, N, D), (C, D)
+        joint = torch.tanh(u[:, :, None] * v)  # (B, N, C, D)
+        weight = self.attention(joint).squeeze(-1).softmax(dim=1)  # (B, N, C)
+        return weight.transpose(1, 2) @ x  # (B, C, D)
+
+
+class SemanticAttention(nn.Module):
+    """The paper's "w/ SAM" (ADD-GCN, ECCV 2020): a sigmoid map per class, (B, N, D) -> (B, C, D).
+
+    The weighted sum is divided by N: its scale does not hang on the size of the image.
+    """
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.maps = nn.Linear(width, num_classes, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.sigmoid(self.maps(x))  # (B, N, C)
+        return weight.transpose(1, 2) @ x / x.shape[1]  # (B, C, D)
+
+
+class GatedGraph(nn.Module):
+    """Gated graph network (Li et al., 2016) over classes: (B, C, D) -> (B, C, D) in (-1, 1)."""
+
+    def __init__(self, adjacency: Tensor, width: int, steps: int = 3) -> None:
+        super().__init__()
+        self.register_buffer("adjacency", adjacency)  # (C, C), row i holds P(j|i)
+        self.cell, self.output = nn.GRUCell(2 * width, width), nn.Linear(2 * width, width)
+        self.steps = steps
+
+    def forward(self, f: Tensor) -> Tensor:
+        h = f
+        for _ in range(self.steps):
+            message = torch.cat((self.adjacency @ h, self.adjacency.T @ h), dim=-1)  # (B, C, 2D)
+            h = self.cell(message.flatten(0, 1), h.flatten(0, 1)).view_as(f)
+        return torch.tanh(self.output(torch.cat((h, f), dim=-1)))
+
+
+class PairNet(nn.Module):
+    """phi_intra of Eq. 1: f (B, C, D) -> logits (B, pairs) that classes i < j are both present."""
+
+    def __init__(self, num_classes: int, width: int, hidden: tuple[int, int]) -> None:
+        super().__init__()
+        self.first = nn.Linear(2 * width, hidden[0])
+        self.rest = nn.Sequential(nn.ReLU(), nn.Linear(*hidden), nn.ReLU(), nn.Linear(hidden[1], 1))
+        i, j = torch.triu_indices(num_classes, num_classes, offset=1)
+        self.register_buffer("i", i, persistent=False)
+        self.register_buffer("j", j, persistent=False)
+
+    def forward(self, f: Tensor) -> Tensor:
+        # W [f_i, f_j] = W_left f_i + W_right f_j: two products per class, not one per pair
+        left, right = self.first.weight.chunk(2, dim=1)
+        a, b = F.linear(f, left, self.first.bias), F.linear(f, right)  # (B, C, hidden)
+        # Eq. 1: p_ij = phi_intra([f_i, f_j]); the sigmoid is taken where p is needed
+        return self.rest(a[:, self.i] + b[:, self.j]).squeeze(-1)  # (B, pairs)
+
+    def matrix(self, logits: Tensor) -> Tensor:
+        """Pair logits (B, pairs) -> P (B, C, C): probabilities, symmetric, zero diagonal."""
+        classes = int((1 + math.isqrt(1 + 8 * logits.shape[1])) // 2)
+        p = logits.new_zeros(len(logits), classes, classes)
+        p[:, self.i, self.j] = p[:, self.j, self.i] = torch.sigmoid(logits)
+        return p
+
+
+class SST(nn.Module):
+    """images (B, 3, H, W) uint8 -> class features f (B, C, D), logits (B, C), pair logits or None.
+
+    Pair logits (B, pairs) are there while training with learned co-occurrence. All in float32.
+    """
+
+    def __init__(self, args: argparse.Namespace, classes: list[str], adjacency: Tensor) -> None:
+        super().__init__()
+        early, last, channels = build_trunk(args.arch, args.weights)
+        if args.train_trunk == "none":
+            early, last = nn.Sequential(early, last), nn.Sequential()
+        elif args.train_trunk == "all":
+            early, last = nn.Sequential(), nn.Sequential(early, last)
+        self.bf16 = args.precision == "bf16"
+        self.frozen, self.trained = early.requires_grad_(False), last
+        C, D = len(classes), args.width
+        self.project = nn.Sequential(nn.Conv2d(channels, D, 1, bias=False), nn.BatchNorm2d(D))
+        words = common.read_glove(args.glove, classes) if args.glove else None
+        sam = args.sarl == "sam"
+        self.sarl = SemanticAttention(C, D) if sam else SemanticDecoupling(C, D, words)
+        self.graph = GatedGraph(adjacency, D)
+        self.classifier = nn.Parameter(torch.randn(C, D) / math.sqrt(D))
+        self.bias = nn.Parameter(torch.zeros(C))
+        self.pairs = None if args.no_ist or args.stat_cooc else PairNet(C, D, args.hidden)
+
+    def train(self, mode: bool = True) -> SST:
+        super().train(mode)
+        self.frozen.eval()
+        self.trained.eval()  # small batches: the trunk keeps its pretraining's batch statistics
+        return self
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            with torch.no_grad():
+                x = self.frozen(common.normalise(images))
+            x = self.project(self.trained(x))  # (B, D, h, w)
+            f = self.sarl(x.flatten(2).transpose(1, 2))  # (B, N, D) -> (B, C, D)
+            logits = (self.graph(f) * self.classifier).sum(-1) + self.bias  # (B, C)
+            wanted = self.training and self.pairs is not None  # no pairs at test time
+            pair_logits = self.pairs(f).float() if wanted else None
+        return f.float(), logits.float(), pair_logits  # losses and thresholds in float32
+
+
+# ------------------------------------------------------------------------------------------ losses
+
+
+def pair_targets(y: Tensor, i: Tensor, j: Tensor, negatives: str = "both") -> Tensor:
+    """Targets of Eq. 4 for pairs (i, j) from y (B, C): +1 both present, -1 negative, 0 no loss.
+
+    `negatives` "both": of pairs with both labels known. "either": of pairs with a known absence;
+    with a proportion k known, positives are then seen k^2 and negatives about 2k of the time, and
+    p sinks with k. "all": every pair that is not positive, unknown ones too (the authors' code).
+    Returns int64 (B, pairs).
+    """
+    a, b = y[:, i], y[:, j]
+    if negatives == "both":
+        negative = (a != 0) & (b != 0)
+    elif negatives == "either":
+        negative = (a == -1) | (b == -1)
+    else:
+        negative = torch.ones_like(a, dtype=torch.bool)
+    return torch.where((a == 1) & (b == 1), 1, -negative.long())
+
+
+def ist_loss(
+    logits: Tensor, target: Tensor, gamma_1: float = 1, gamma_2: float = 2, margin: float = 0.05
+) -> Tensor:
+    """L_ist, Eq. 3-4 with the minus sign and max(p - m, 0), as a mean over pairs that have a loss.
+
+    Args: logits (B, pairs), target (B, pairs) in {1, 0, -1}. Returns a scalar, 0 without targets.
+    """
+    p = torch.sigmoid(logits)
+    p_m = (p - margin).clamp(min=0)
+    # Eq. 4: -(1 - p)^gamma_1 log p if the pair co-occurs, -p_m^gamma_2 log(1 - p_m) if not
+    loss_pos = -((1 - p) ** gamma_1) * F.logsigmoid(logits)
+    loss_neg = -(p_m**gamma_2) * torch.log1p(-p_m)
+    # Eq. 3, as a mean
+    total = (loss_pos * (target == 1) + loss_neg * (target == -1)).sum()
+    return total / (target != 0).sum().clamp(min=1)
+
+
+def cst_loss(f: Tensor, y: Tensor) -> Tensor:
+    """L_cst, Eq. 7-8 over pairs of different images in a batch: f (B, C, D), y (B, C) -> [0, 4].
+
+    Mean of 1 - s over pairs with class c known present in both, plus mean of 1 + s over the other
+    pairs with c known in both; either part is 0 without a pair. No pair is formed: the cosines of
+    all pairs of n unit vectors add up to |sum u|^2 - n, which costs O(BCD).
+    """
+    u = F.normalize(f, dim=-1)  # Eq. 5: s_c^{n,m} = u_n . u_m
+
+    def pairs(member: Tensor) -> tuple[Tensor, Tensor]:  # member (B, C) -> sum of s, number
+        selves, n = (member * u.square().sum(-1)).sum(), member.sum(0)
+        return torch.einsum("bc,bcd->cd", member, u).square().sum() - selves, (n * (n - 1)).sum()
+
+    (s_pos, n_pos), (s_known, n_known) = (pairs(m.to(u.dtype)) for m in (y == 1, y != 0))
+    n_rest = n_known - n_pos
+    # Eq. 8: 1 - s where both are present, 1 + s otherwise; Eq. 7, as a mean over either kind
+    attract = torch.where(n_pos > 0, (n_pos - s_pos) / n_pos.clamp(min=1), 0.0)
+    repel = torch.where(n_rest > 0, (n_rest + s_known - s_pos) / n_rest.clamp(min=1), 0.0)
+    return attract + repel
+
+
+def partial_bce(logits: Tensor, y: Tensor) -> Tensor:
+    """Eq. 9 with the minus sign: logits (B, C), y (B, C) in {1, 0, -1} -> scalar mean over images.
+
+    Each image averages over its known entries; one with nothing known contributes 0.
+    """
+    y = y.to(logits.dtype)
+    # Eq. 9: log p where y = 1 and log(1 - p) where y = -1; both are log sigmoid(y * logit)
+    loss = -F.logsigmoid(y * logits) * y.abs()
+    return (loss.sum(1) / y.abs().sum(1).clamp(min=1)).mean()
+
+
+# ----------------------------------------------------------------------------------- pseudo-labels
+
+
+def threshold(epoch: int, lowest: float) -> float:
+    """theta of Eq. 2 and 6: 1 in epochs 1 to 5 (no pseudo-label), 0.95 in the 6th, then -0.025."""
+    return 1.0 if epoch <= 5 else max(lowest, 0.95 - 0.025 * (epoch - 6))
+
+
+@torch.no_grad()
+def cooccurrence(y: Tensor) -> Tensor:
+    """Row i: P(j|i) = n(i present, j present) / n(i present, j known); y (images, C) -> (C, C).
+
+    Known labels only; zero diagonal; 0 where i was never seen present with j known.
+    """
+    present, known = (y == 1).double(), (y != 0).double()
+    return (present.T @ present / (present.T @ known).clamp(min=1)).fill_diagonal_(0).float()
+
+
+@torch.no_grad()
+def intra_pseudo_labels(p: Tensor, y: Tensor, theta: float, reduce: str = "mean") -> Tensor:
+    """Eq. 2: y (B, C) with unknown labels set to 1 where the image's known positives say so.
+
+    Args: p (B or 1, C, C), p[n, i, j] in [0, 1] for i given j; theta, from 1 up gives none; reduce
+    "mean" over the known positives or the printed "sum". No known positive: no pseudo-label.
+    """
+    positive = (y == 1).to(p.dtype)
+    # Eq. 2: y_i = 1[sum of p_ij over known positives j >= theta]
+    score = (p @ positive[:, :, None]).squeeze(-1)  # (B, C)
+    if reduce == "mean":
+        score = score / positive.sum(1, keepdim=True).clamp(min=1)
+    return torch.where((y == 0) & (score >= theta) & (theta < 1), 1, y)
+
+
+@torch.no_grad()
+def cross_pseudo_labels(f: Tensor, y: Tensor, prototype: Tensor, theta: float) -> Tensor:
+    """Eq. 6: y (B, C) with unknown labels set to 1 where f is like the class's known positives.
+
+    Args: f (B, C, D); prototype (C, D), the mean of their unit features, 0 for a class without;
+    theta, from 1 up gives none.
+    """
+    # Eq. 6: the mean of cosines over D_c is one product with the mean unit vector
+    similarity = (F.normalize(f, dim=-1) * prototype).sum(-1)  # (B, C)
+    return torch.where((y == 0) & (similarity >= theta) & (theta < 1), 1, y)
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args) -> tuple[dict, Tensor]:
+    """One pass. Returns log entries and the prototypes (C, D) of this epoch, for the next one.
+
+    `truth` (images, C) serves the diagnostics of the pseudo-labels and nothing else.
+    """
+    net.train()
+    theta_intra, theta_cross = (threshold(epoch, t) for t in (args.theta_intra, args.theta_cross))
+    device, zero = prototype.device, prototype.new_zeros(())
+    sums, count = torch.zeros_like(prototype), prototype.new_zeros(len(prototype), 1)
+    total, guessed = defaultdict(float), defaultdict(int)
+    for images, y, index in common.progress(loader, f"epoch {epoch}"):
+        images, y = images.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        f, logits, pair_logits = net(images)
+        intra, cross, loss_ist, loss_cst, loss_intra, loss_cross = y, y, zero, zero, zero, zero
+        if not args.no_ist:
+            p = net.graph.adjacency.T[None]  # for --stat-cooc: row i, column j holds P(i|j)
+            if pair_logits is not None:
+                p = net.pairs.matrix(pair_logits.detach())
+                if not args.no_ist_loss:
+                    target = pair_targets(y, net.pairs.i, net.pairs.j, args.pairs)
+                    loss_ist = ist_loss(pair_logits, target)
+            intra = intra_pseudo_labels(p, y, theta_intra, args.intra_reduce)
+            loss_intra = partial_bce(logits, intra)
+        if not args.no_cst:
+            cross = cross_pseudo_labels(f, y, prototype, theta_cross)
+            loss_cross = partial_bce(logits, cross)
+            if not args.no_cst_loss:
+                loss_cst = cst_loss(f, y)
+            positive = (y == 1).float()
+            sums += torch.einsum("bc,bcd->cd", positive, F.normalize(f.detach(), dim=-1))
+            count += positive.sum(0)[:, None]
+        # Eq. 10: L_cls is the loss on the known labels plus that on either completed set
+        loss_known = partial_bce(logits, y)
+        loss_cls = loss_known + loss_intra + loss_cross
+        # Eq. 11: L = L_cls + lambda_1 L_ist + lambda_2 L_cst
+        loss = loss_cls + args.lambda_1 * loss_ist + args.lambda_2 * loss_cst
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        parts = dict(loss=loss, loss_known=loss_known, loss_intra=loss_intra)
+        parts |= dict(loss_cross=loss_cross, loss_ist=loss_ist, loss_cst=loss_cst)
+        for name, value in parts.items():
+            total[name] += value.detach() / len(loader)  # no .item() here: the step never waits
+        pseudo = dict(pseudo=torch.maximum(intra, cross), ist=intra, cst=cross)
+        for name, labels in pseudo.items():
+            guessed[name] += common.pseudo_counts(labels, y, truth[index].to(device))
+    entry = {name: value.item() for name, value in total.items()}
+    if bad := [name for name, value in entry.items() if not math.isfinite(value)]:
+        raise InputError(f"epoch {epoch}: {bad[-1]} is not finite; a lower --lr may help")
+    return entry | common.pseudo_quality(guessed), sums / count.clamp(min=1)
+
+
+@torch.no_grad()
+def evaluate(net, loader, y: np.ndarray) -> tuple[dict, np.ndarray]:
+    """Metrics and logits (images, C), rows as in the data set; each image must come once."""
+    net.eval()
+    logits, seen = np.zeros(y.shape, np.float32), np.zeros(len(y), int)
+    for images, _, index in common.progress(loader, "test"):
+        logits[index] = net(images.to(net.bias.device))[1].cpu().numpy()
+        seen[index] += 1
+    assert (seen == 1).all(), "the loader must bring every test image exactly once"
+    return common.multilabel_metrics(logits, y), logits
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    args = parse_args()
+    device = common.pick_device(args.device)
+    torch.manual_seed(args.seed)
+    state = common.load_checkpoint(args, "sst", MODEL_ARGS)
+    if args.predict:
+        C = len(state["classes"])
+        net = SST(args, state["classes"], torch.zeros(C, C)).to(device).eval()
+        net.load_state_dict(state["model"])
+        with torch.no_grad():
+            logits = net(common.load_images(args.predict, args.size).to(device))[1]
+        return common.print_predictions(args.predict, logits, state["classes"])
+
+    data = common.load_data(args.data, args.root, args.limit)
+    y = common.hide_entries(data.train.y, args.known, args.mask_seed)
+    run = dict(method="sst", data=args.data, classes=data.classes, mask=common.mask_hash(y))
+    net = SST(args, data.classes, cooccurrence(torch.tensor(y)))
+    net.to(device, memory_format=torch.channels_last)
+    prototype, start, best = torch.zeros(len(data.classes), args.width, device=device), 1, None
+    learned = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(learned, args.lr, weight_decay=args.weight_decay)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, gamma=0.1)
+    if state:
+        common.check_same_run(state, run, args)
+        net.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        prototype, start, best = state["prototype"].to(device), state["epoch"] + 1, state["best"]
+        common.set_generators(state["generators"])
+    if args.compile:
+        net.compile()
+    loader, test_loader = common.make_loaders(data, y, args, device)
+    if args.eval:
+        metrics, _ = evaluate(net, test_loader, data.test.y)
+        print(common.metrics_table({"test": metrics}))
+        return print(common.class_table(data.classes, metrics["ap"], data.test.y))
+
+    log = common.RunLog(args, run, y, data, device)
+    truth, metrics, logits = torch.tensor(data.train.y), state and state["metrics"], None
+    for epoch in range(start, args.epochs + 1):
+        loader.sampler.epoch, begin = epoch, time.time()
+        entry = dict(epoch=epoch, lr=scheduler.get_last_lr()[0])
+        parts, prototype = train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args)
+        scheduler.step()
+        speed = len(loader) * args.batch_size / (time.time() - begin)
+        metrics, logits = evaluate(net, test_loader, data.test.y)
+        del metrics["ap"]
+        best = max(best or metrics, metrics, key=lambda m: m["mAP"])
+        log.epoch(entry | parts | metrics, begin, speed)
+        state = dict(model=net.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch)
+        state |= dict(scheduler=scheduler.state_dict(), prototype=prototype)
+        log.checkpoint(state | dict(metrics=metrics, best=best))
+        if epoch == args.stop_after:
+            return print(f"stopped after epoch {epoch}; --out {log.out} --resume auto continues")
+    print(common.metrics_table({"last epoch": metrics, "best on test (most papers)": best}))
+    log.samples(logits)
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT
+"""Runs a script's ablations on the toy world; prints a Markdown table of mAP over seeds.
+
+    python tests/ablations.py sst [--jobs 2] [--seeds 0 1 2] [--table-only]
+
+The mask seed is the seed. A run that finished is never repeated, one that was cut off is continued.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from common import markdown_table  # noqa: E402
+
+# row: flags, proportions known
+ROWS = {
+    "sst": {
+        "SSGRL (baseline)": ("--no-ist --no-cst", (0.1, 0.3, 0.5, 1.0)),
+        "SST": ("", (0.1, 0.3, 0.5)),
+        "IST only": ("--no-cst", (0.1, 0.3)),
+        "CST only": ("--no-ist", (0.1, 0.3)),
+        "IST only, data-set statistics": ("--no-cst --stat-cooc", (0.1, 0.3)),
+        "IST only, Eq. 4 negatives: either known absent": ("--no-cst --pairs either", (0.3,)),
+        "IST only, Eq. 4 negatives: all but positives": ("--no-cst --pairs all", (0.3,)),
+        "SST, Eq. 2 with the sum": ("--intra-reduce sum", (0.3,)),
+    }
+}
+
+
+def folder(runs: Path, script: str, row: str, known: float, seed: int) -> Path:
+    name = "".join(c if c.isalnum() else "-" for c in row.lower())
+    return runs / script / f"{name}-{known}-{seed}"
+
+
+def finished(out: Path) -> dict | None:
+    """The last epoch's entry of a run that reached its last epoch, else None."""
+    try:
+        lines = (out / "log.jsonl").read_text().splitlines()
+        first, *entries = [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        return None
+    epochs = first["run"]["args"]["epochs"]
+    return entries[-1] if entries and entries[-1]["epoch"] == epochs else None
+
+
+def train(script: str, flags: str, known: float, seed: int, out: Path, jobs: int) -> None:
+    command = [sys.executable, str(HERE.parent / f"{script}.py"), *flags.split()]
+    command += f"--known {known} --seed {seed} --mask-seed {seed} --resume auto --out".split()
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    done = subprocess.run([*command, str(out)], env=env, capture_output=True, text=True)
+    end = "done" if done.returncode == 0 else done.stderr.strip()[-500:]
+    print(f"{out.name}: {end}", file=sys.stderr, flush=True)
+
+
+def mean_std(values: list[float]) -> str:
+    if not values:
+        return "not run"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread} ({len(values)})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("script", choices=ROWS)
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--table-only", action="store_true", help="run nothing")
+    args = parser.parse_args()
+    rows = ROWS[args.script]
+    cells = {
+        (row, known): [folder(args.runs, args.script, row, known, seed) for seed in args.seeds]
+        for row, (_, proportions) in rows.items()
+        for known in proportions
+    }
+    if not args.table_only:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for (row, known), outs in cells.items():
+                for seed, out in zip(args.seeds, outs, strict=True):
+                    if not finished(out):
+                        pool.submit(train, args.script, rows[row][0], known, seed, out, args.jobs)
+    proportions = sorted({known for _, known in cells})
+    table = []
+    for row in rows:
+        line = [row]
+        for known in proportions:
+            ends = [end for out in cells.get((row, known), []) if (end := finished(out))]
+            line.append(mean_std([end["mAP"] for end in ends]))
+            if ends and any(end["pseudo_precision"] for end in ends):
+                right = statistics.mean(100 * (end["pseudo_precision"] or 0) for end in ends)
+                found = statistics.mean(100 * end["pseudo_recall"] for end in ends)
+                line[-1] += f"; {right:.0f} / {found:.0f}"
+        table.append(line)
+    print(
+        "mAP in percent, mean ± std (seeds); precision / recall of the last epoch's pseudo-labels\n"
+    )
+    print(markdown_table(["toy world", *(f"{known:.0%} known" for known in proportions)], table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: MIT
+"""Each equation of SST against a literal loop in float64, and the traps of partial labels."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import sst
+
+ROOT = Path(__file__).resolve().parent.parent
+B, C, D = 6, 5, 7
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+def random_labels(rng, rows=B, classes=C):
+    return torch.randint(-1, 2, (rows, classes), generator=rng).to(torch.int8)
+
+
+def double(rng, *shape):
+    return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def same_value_and_gradient(ours, literal, x):
+    """Both functions of x (a leaf in float64) agree in value and in gradient."""
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    value_a, value_b = ours(a), literal(b)
+    torch.testing.assert_close(value_a, value_b, rtol=1e-10, atol=1e-12)
+    gradients = [torch.autograd.grad(v, leaf)[0] for v, leaf in ((value_a, a), (value_b, b))]
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-10)
+    assert gradients[0].abs().sum() > 0
+
+
+# ------------------------------------------------------------------------------------------ Eq. 1-4
+
+
+def test_eq1_pair_net_equals_layers_on_concatenation(rng):
+    net = sst.PairNet(C, D, (4, 3)).double()
+    f = double(rng, B, C, D)
+    logits = net(f)
+    matrix = net.matrix(logits)
+    k = 0
+    for i in range(C):
+        for j in range(i + 1, C):
+            for n in range(B):
+                h = net.rest(net.first(torch.cat((f[n, i], f[n, j]))))
+                torch.testing.assert_close(h[0], logits[n, k])
+                assert matrix[n, i, j] == matrix[n, j, i]
+                torch.testing.assert_close(matrix[n, i, j], torch.sigmoid(h[0]))
+            k += 1
+    assert k == logits.shape[1] and (matrix.diagonal(dim1=1, dim2=2) == 0).all()
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_eq2_intra_pseudo_labels(rng, reduce):
+    y, p = random_labels(rng, 50), torch.rand(50, C, C, generator=rng, dtype=torch.float64)
+    y[0] = 0  # nothing known
+    ours, found = sst.intra_pseudo_labels(p, y, 0.6, reduce), 0
+    for n in range(50):
+        for i in range(C):
+            positives = [j for j in range(C) if y[n, j] == 1]
+            score = sum(p[n, i, j].item() for j in positives)
+            if reduce == "mean" and positives:
+                score /= len(positives)
+            expected = 1 if y[n, i] == 0 and positives and score >= 0.6 else y[n, i].item()
+            assert ours[n, i] == expected
+            found += expected == 1 and y[n, i] == 0
+    assert found > 5
+    assert torch.equal(sst.intra_pseudo_labels(torch.ones_like(p), y, 1.0, reduce), y)
+
+
+@pytest.mark.parametrize("negatives", ["both", "either", "all"])
+def test_eq4_pair_targets(rng, negatives):
+    y = random_labels(rng, 40)
+    i, j = torch.triu_indices(C, C, offset=1)
+    target = sst.pair_targets(y, i, j, negatives)
+    for n in range(40):
+        for k in range(len(i)):
+            a, b = y[n, i[k]].item(), y[n, j[k]].item()
+            if a == 1 and b == 1:
+                expected = 1
+            elif negatives == "both":
+                expected = -1 if a != 0 and b != 0 else 0
+            elif negatives == "either":
+                expected = -1 if a == -1 or b == -1 else 0
+            else:
+                expected = -1
+            assert target[n, k] == expected
+
+
+def test_eq3_eq4_ist_loss(rng):
+    target = random_labels(rng, B, 10)
+
+    def literal(x):
+        terms = []
+        for n in range(B):
+            for k in range(10):
+                p = 1 / (1 + torch.exp(-x[n, k]))
+                if target[n, k] == 1:
+                    terms.append(-((1 - p) ** 1) * torch.log(p))
+                elif target[n, k] == -1:
+                    p_m = torch.maximum(p - 0.05, torch.zeros_like(p))
+                    terms.append(-(p_m**2) * torch.log(1 - p_m))
+        return sum(terms) / len(terms)
+
+    x = 3 * double(rng, B, 10)
+    assert (torch.sigmoid(x) < 0.05).any()  # the clamp is at work
+    same_value_and_gradient(lambda z: sst.ist_loss(z, target), literal, x)
+
+
+@pytest.mark.parametrize("value", [-1e4, -100.0, 0.0, 100.0, 1e4])
+def test_ist_loss_is_finite_at_extreme_logits(value):
+    x = torch.full((2, 3), value, requires_grad=True)
+    loss = sst.ist_loss(x, torch.tensor([[1, -1, 0]] * 2))
+    loss.backward()
+    assert loss.isfinite() and x.grad.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------ Eq. 5-8
+
+
+def test_eq5_to_eq8_cst_loss(rng):
+    y = random_labels(rng)
+
+    def literal(f):
+        attract, repel = [], []
+        for n in range(B):
+            for m in range(B):
+                for c in range(C):
+                    if n == m or y[n, c] == 0 or y[m, c] == 0:
+                        continue
+                    s = f[n, c] @ f[m, c] / (f[n, c].norm() * f[m, c].norm())
+                    both = y[n, c] == 1 and y[m, c] == 1
+                    (attract if both else repel).append(1 - s if both else 1 + s)
+        return sum(attract) / len(attract) + sum(repel) / len(repel)
+
+    same_value_and_gradient(lambda f: sst.cst_loss(f, y), literal, double(rng, B, C, D))
+
+
+def test_eq6_cross_pseudo_labels(rng):
+    y, f = random_labels(rng, 40), double(rng, 40, C, D) + 0.7
+    y[y[:, 2] == 1, 2] = 0  # class 2 has no known positive
+    positive = (y == 1).double()
+    unit = torch.nn.functional.normalize(f, dim=-1)
+    prototype = torch.einsum("bc,bcd->cd", positive, unit) / positive.sum(0).clamp(min=1)[:, None]
+    ours, found = sst.cross_pseudo_labels(f, y, prototype, 0.3), 0
+    for n in range(40):
+        for c in range(C):
+            bank = [f[m, c] for m in range(40) if y[m, c] == 1]
+            cosines = [(f[n, c] @ g / (f[n, c].norm() * g.norm())).item() for g in bank]
+            hit = y[n, c] == 0 and bank and sum(cosines) / len(cosines) >= 0.3
+            assert ours[n, c] == (1 if hit else y[n, c])
+            found += bool(hit)
+    assert found > 5 and (ours[:, 2] == y[:, 2]).all()
+    assert torch.equal(sst.cross_pseudo_labels(f, y, prototype, 1.0), y)
+
+
+# ----------------------------------------------------------------------------------------- Eq. 9-11
+
+
+def test_eq9_partial_bce(rng):
+    y = random_labels(rng)
+    y[0] = 0
+
+    def literal(x):
+        total = 0
+        for n in range(B):
+            known = sum(abs(int(v)) for v in y[n])
+            for c in range(C):
+                p = 1 / (1 + torch.exp(-x[n, c]))
+                if y[n, c] == 1:
+                    total = total - torch.log(p) / known
+                elif y[n, c] == -1:
+                    total = total - torch.log(1 - p) / known
+        return total / B
+
+    same_value_and_gradient(lambda x: sst.partial_bce(x, y), literal, double(rng, B, C))
+
+
+def test_losses_without_labels_or_pairs_are_zero_not_nan(rng):
+    f, logits = double(rng, B, C, D).requires_grad_(), double(rng, B, C).requires_grad_()
+    pairs = double(rng, B, 10).requires_grad_()
+    nothing = torch.zeros(B, C, dtype=torch.int8)
+    i, j = torch.triu_indices(C, C, offset=1)
+    target = sst.pair_targets(nothing, i, j)
+    losses = sst.partial_bce(logits, nothing), sst.cst_loss(f, nothing), sst.ist_loss(pairs, target)
+    sum(losses).backward()
+    assert all(loss == 0 for loss in losses)
+    assert all((x.grad == 0).all() for x in (f, logits, pairs))
+    one = nothing.clone()
+    one[0, 0] = 1  # a single known positive makes no pair
+    assert sst.cst_loss(f, one) == 0
+
+
+def test_eq10_eq11_total_loss_of_a_step(rng, monkeypatch):
+    """The logged loss is L_known + L_intra + L_cross + lambda_1 L_ist + lambda_2 L_cst."""
+    args, data, net = tiny_run("--batch-size 8 --limit 16 --lambda-1 2 --lambda-2 0.5")
+    y = common.hide_entries(data.train.y, 0.5, 0)
+    loader, _ = common.make_loaders(data, y, args, torch.device("cpu"))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    truth, prototype = torch.tensor(data.train.y), torch.zeros(16, args.width)
+    log, _ = sst.train_one_epoch(net, loader, optimizer, prototype, truth, 14, args)
+    expected = log["loss_known"] + log["loss_intra"] + log["loss_cross"]
+    expected += 2 * log["loss_ist"] + 0.5 * log["loss_cst"]
+    assert log["loss"] == pytest.approx(expected, rel=1e-5) and log["loss_ist"] > 0
+
+
+def test_threshold_schedule():
+    schedule = [sst.threshold(epoch, 0.75) for epoch in range(1, 21)]
+    expected = [1.0] * 5 + [0.95 - 0.025 * k for k in range(8)] + [0.75] * 7
+    assert schedule == pytest.approx(expected)
+
+
+def test_cooccurrence_counts_known_labels_only(rng):
+    y = random_labels(rng, 30)
+    y[:, 3] = 0  # never known
+    y[:, 4] = -1  # never present
+    p = sst.cooccurrence(y)
+    for i in range(C):
+        for j in range(C):
+            seen = sum(1 for r in y if r[i] == 1 and r[j] != 0)
+            both = sum(1 for r in y if r[i] == 1 and r[j] == 1)
+            assert p[i, j] == pytest.approx(0 if i == j or not seen else both / seen)
+    assert p.isfinite().all()
+
+
+# -------------------------------------------------------------------------------------------- model
+
+
+def tiny_run(flags="", seed=0):
+    args = sst.parse_args([*flags.split(), "--weights", "none"])
+    data = common.load_data("toy", None, args.limit)
+    torch.manual_seed(seed)
+    return args, data, sst.SST(args, data.classes, torch.rand(16, 16))
+
+
+def test_semantic_decoupling_attends_over_positions(rng):
+    module = sst.SemanticDecoupling(C, D, None).double()
+    x = double(rng, 2, 4, D)
+    f = module(x)
+    for b in range(2):
+        for c in range(C):
+            word = module.word.weight @ module.words[c]
+            scores = [
+                module.attention(torch.tanh(module.image.weight @ x[b, n] * word)) for n in range(4)
+            ]
+            weight = torch.softmax(torch.cat(scores), 0)
+            expected = sum(weight[n] * x[b, n] for n in range(4))
+            torch.testing.assert_close(f[b, c], expected)
+
+
+def test_semantic_attention_is_a_weighted_mean(rng):
+    module = sst.SemanticAttention(C, D).double()
+    x = double(rng, 2, 4, D)
+    expected = torch.stack([
+        torch.stack([
+            sum(torch.sigmoid(module.maps(x[b, n]))[c] * x[b, n] for n in range(4)) / 4
+            for c in range(C)
+        ])
+        for b in range(2)
+    ])  # fmt: skip
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_pairs_are_not_computed_at_test_time():
+    _, data, net = tiny_run("--limit 4")
+    images = torch.tensor(data.test.images).permute(0, 3, 1, 2)
+    assert net.train()(images)[2].shape == (4, 120)
+    assert net.eval()(images)[2] is None
+
+
+def test_only_the_last_stage_of_the_trunk_learns():
+    _, _, net = tiny_run("--limit 4")
+    assert not any(p.requires_grad for p in net.frozen.parameters())
+    assert all(p.requires_grad for p in net.trained.parameters())
+    net.train()
+    assert not any(m.training for part in (net.frozen, net.trained) for m in part.modules())
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "resnet50"])
+def test_torchvision_trunks_split_at_the_last_stage(arch):
+    early, last, channels = sst.build_trunk(arch, "none")
+    shape = last(early(torch.zeros(1, 3, 64, 64))).shape
+    assert shape == (1, channels, 2, 2) and early(torch.zeros(1, 3, 64, 64)).shape[-1] == 4
+
+
+# ------------------------------------------------------------------------------------------- traps
+
+
+def train(net, args, data, y, truth, epochs=(40, 41)):  # late: thresholds at their lowest
+    torch.manual_seed(0)
+    loader, _ = common.make_loaders(data, y, args, torch.device("cpu"))
+    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], args.lr)
+    prototype, logs = torch.zeros(16, args.width), []
+    for epoch in epochs:
+        loader.sampler.epoch = epoch
+        log, prototype = sst.train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args)
+        logs.append(log)
+    return logs, net.state_dict() | {"prototype": prototype}
+
+
+def test_no_leak_of_hidden_labels():
+    """Every hidden label flipped: losses, pseudo-labels and weights stay bit-identical."""
+    ends = []
+    for flip in (False, True):
+        flags = "--limit 64 --batch-size 16 --theta-intra 0.1 --theta-cross 0.1"
+        args, data, net = tiny_run(flags)
+        hidden = common.hide_entries(data.train.y, 0.3, 0) == 0
+        if flip:
+            data.train.y = np.where(hidden, -data.train.y, data.train.y)
+        y = common.hide_entries(data.train.y, 0.3, 0)
+        net.graph.adjacency.copy_(sst.cooccurrence(torch.tensor(y)))
+        ends.append(train(net, args, data, y, torch.tensor(data.train.y)))
+    (logs_a, state_a), (logs_b, state_b) = ends
+    diagnostics = {f"{a}_{b}" for a in ("pseudo", "ist", "cst") for b in ("precision", "recall")}
+    for a, b in zip(logs_a, logs_b, strict=True):
+        assert {k: a[k] for k in a.keys() - diagnostics} == {
+            k: b[k] for k in b.keys() - diagnostics
+        }
+    assert logs_a[1]["ist_per_image"] > 0 and logs_a[1]["cst_per_image"] > 0
+    assert logs_a[1]["pseudo_precision"] != logs_b[1]["pseudo_precision"]  # the flip was seen there
+    assert all(torch.equal(state_a[k], state_b[k]) for k in state_a)
+
+
+def test_class_without_known_positive_stays_harmless():
+    args, data, net = tiny_run("--limit 64 --batch-size 16 --theta-cross 0.1 --theta-intra 0.1")
+    y = common.hide_entries(data.train.y, 0.5, 0)
+    y[:, 3] = np.where(y[:, 3] == 1, 0, y[:, 3])
+    logs, state = train(net, args, data, y, torch.tensor(data.train.y))
+    assert all(math.isfinite(v) for v in logs[1].values() if v is not None)
+    assert (state["prototype"][3] == 0).all()
+
+
+def test_prototypes_are_the_mean_unit_features_of_known_positives(monkeypatch):
+    args, data, net = tiny_run("--limit 32 --batch-size 8")
+    y = common.hide_entries(data.train.y, 0.5, 0)
+    seen, original = [], sst.cross_pseudo_labels
+
+    def record(f, labels, prototype, theta):
+        seen.append((f.detach().clone(), labels.clone(), prototype.clone()))
+        return original(f, labels, prototype, theta)
+
+    monkeypatch.setattr(sst, "cross_pseudo_labels", record)
+    _, state = train(net, args, data, y, torch.tensor(data.train.y), epochs=(1, 2))
+    for c in range(16):
+        for steps, prototype in ((seen[:4], seen[4][2]), (seen[4:], state["prototype"])):
+            bank = [f[n, c] / f[n, c].norm() for f, v, _ in steps for n in range(8) if v[n, c] == 1]
+            expected = torch.stack(bank).mean(0) if bank else torch.zeros(args.width)
+            torch.testing.assert_close(prototype[c], expected)
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def run(*arguments, cwd=None):
+    command = [sys.executable, str(ROOT / "sst.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+
+
+SMALL = "--weights none --limit 64 --batch-size 16 --epochs 2".split()
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    done = run("--dry-run", "--weights", "none", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "mAP" in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_stop_and_resume_equals_one_run_bit_for_bit(tmp_path):
+    for flags in (["--out", "whole"], ["--out", "parts", "--stop-after", 1]):
+        assert run(*SMALL, *flags, cwd=tmp_path).returncode == 0
+    assert run(*SMALL, "--out", "parts", "--resume", "auto", cwd=tmp_path).returncode == 0
+    whole, parts = (
+        torch.load(tmp_path / d / "last.pt", weights_only=True) for d in ("whole", "parts")
+    )
+    assert whole["model"].keys() == parts["model"].keys()
+    assert all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
+    assert torch.equal(whole["prototype"], parts["prototype"])
+    assert whole["metrics"] == parts["metrics"]
+    logs = [(tmp_path / d / "log.jsonl").read_text().splitlines() for d in ("whole", "parts")]
+    assert [len(lines) for lines in logs] == [3, 3] and "run" in json.loads(logs[0][0])
+    assert (tmp_path / "whole" / "samples.png").exists()
+
+    evaluated = run("--limit", 64, "--eval", "--resume", "whole/last.pt", cwd=tmp_path)
+    assert f"{whole['metrics']['mAP']:.2f}" in evaluated.stdout, evaluated.stderr
+    common.toy_scenes(1, 5)[0][0].tofile(tmp_path / "not-an-image")
+    picture = tmp_path / "scene.png"
+    common.Image.fromarray(common.toy_scenes(1, 5)[0][0]).save(picture)
+    predicted = run("--predict", picture, "--resume", "whole/last.pt", cwd=tmp_path)
+    assert predicted.returncode == 0 and "probability" in predicted.stdout
+
+    wrong = {
+        "mask": [*SMALL, "--out", "parts", "--resume", "auto", "--mask-seed", 3],
+        "holds a run": [*SMALL, "--out", "parts"],
+        "sarl": [*SMALL, "--out", "parts", "--resume", "auto", "--sarl", "sam"],
+        "cannot be read": ["--predict", "not-an-image", "--resume", "whole/last.pt"],
+    }
+    for word, arguments in wrong.items():
+        done = run(*arguments, cwd=tmp_path)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and word in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--no-ist --no-cst", "--no-cst --stat-cooc", "--no-ist", "--no-cst --no-ist-loss",
+     "--no-ist --no-cst-loss", "--sarl sam", "--intra-reduce sum", "--pairs either", "--pairs all",
+     "--precision bf16", "--train-trunk all", "--train-trunk none"],
+)  # fmt: skip
+def test_every_row_of_table_2_runs(flags, capsys, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["sst.py", *flags.split(), *"--dry-run --weights none --batch-size 8".split()]
+    )
+    sst.main()
+    assert "last epoch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ("--known 0", "--known"),
+        ("--known 1.5", "--known"),
+        ("--known nan", "--known"),
+        ("--data nosuch", "nosuch"),
+        ("--data coco", "--root"),
+        ("--data coco --root nowhere", "nowhere"),
+        ("--arch nosuch", "nosuch"),
+        ("--arch vit_b_16 --weights none", "spatial"),
+        ("--weights nowhere.pth", "nowhere.pth"),
+        ("--glove nowhere.txt", "nowhere.txt"),
+        ("--epochs 0", "--epochs"),
+        ("--device nosuch", "nosuch"),
+        ("--eval", "--resume"),
+        ("--resume nowhere.pt", "nowhere.pt"),
+        ("--resume auto", "--out"),
+    ],
+)
+def test_bad_arguments_give_one_line(arguments, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sst.py", *arguments.split()])
+    with pytest.raises(SystemExit) as end:
+        common.run_script(sst.main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and word in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
+def test_step_on_cuda_in_bf16(tmp_path):
+    done = run(*SMALL, "--device", "cuda", "--precision", "bf16", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
