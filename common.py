@@ -282,25 +282,22 @@ def draw_object(
     shift = rng.integers(-35, 36, 3)
     mirrored = rng.random() < 0.5
     colours = COLOURS | {"a": tuple(rng.integers(0, 256, 3)), "b": tuple(rng.integers(0, 256, 3))}
+    line_width = max(1, round(width / 14))
     for primitive in DRAWINGS[name].split("; "):
-        kind, *numbers, colour = primitive.split()
-        fill = tuple(
-            min(255, max(0, int(v + s))) for v, s in zip(colours[colour], shift, strict=True)
-        )
-        values = [int(n) / 100 for n in numbers]
-        xs = [left + width * (1 - v if mirrored else v) for v in values[::2]]
-        ys = [top + height * v for v in values[1::2]]
-        corners = (min(xs), min(ys), max(xs), max(ys))
-        if kind == "E":
-            draw.ellipse(corners, fill)
-        elif kind == "R":
-            draw.rectangle(corners, fill)
+        kind, *numbers, key = primitive.split()
+        colour = tuple(np.clip(colours[key] + shift, 0, 255).tolist())
+        x, y = np.array(numbers, float).reshape(-1, 2).T / 100
+        x = left + width * (1 - x if mirrored else x)
+        y = top + height * y
+        box, points = (x.min(), y.min(), x.max(), y.max()), list(zip(x, y, strict=True))
+        if kind == "P":
+            draw.polygon(points, colour)
+        elif kind == "L":
+            draw.line(points, colour, line_width)
         elif kind == "M":
-            draw.chord(corners, 60, 300, fill)
-        elif kind == "P":
-            draw.polygon(list(zip(xs, ys, strict=True)), fill)
+            draw.chord(box, 60, 300, colour)
         else:
-            draw.line(list(zip(xs, ys, strict=True)), fill, width=max(1, round(width / 14)))
+            (draw.ellipse if kind == "E" else draw.rectangle)(box, colour)
 
 
 def draw_scene(
@@ -553,23 +550,16 @@ class EpochSampler(Sampler):
 
 def make_loaders(data: Data, y: np.ndarray, args: Namespace, device: torch.device) -> list:
     """Loaders of (uint8 images, labels, indices): train with labels y, shuffled, and test."""
-    train, test = train_transform(args.size, args.crops), test_transform(args.size)
-    loaders = []
-    for images, labels, transform, seed in (
-        (data.train.images, y, train, args.seed),
-        (data.test.images, data.test.y, test, None),
-    ):
-        loader = DataLoader(
-            ImageDataset(images, labels, transform, args.seed),
-            args.batch_size,
-            sampler=EpochSampler(len(images), seed),
-            drop_last=seed is not None and len(images) >= args.batch_size,  # for batch statistics
-            num_workers=args.workers,
-            persistent_workers=args.workers > 0,
-            pin_memory=device.type == "cuda",
-        )
-        loaders.append(loader)
-    return loaders
+    shared = dict(batch_size=args.batch_size, num_workers=args.workers)
+    shared |= dict(persistent_workers=args.workers > 0, pin_memory=device.type == "cuda")
+    train = ImageDataset(data.train.images, y, train_transform(args.size, args.crops), args.seed)
+    test = ImageDataset(data.test.images, data.test.y, test_transform(args.size), args.seed)
+    shuffled, in_order = EpochSampler(len(y), args.seed), EpochSampler(len(data.test.y))
+    whole = len(y) >= args.batch_size  # batch statistics want whole batches
+    return [
+        DataLoader(train, sampler=shuffled, drop_last=whole, **shared),
+        DataLoader(test, sampler=in_order, **shared),
+    ]
 
 
 # ----------------------------------------------------------------------------------------- metrics
@@ -687,7 +677,7 @@ def load_checkpoint(args: Namespace, method: str, model_args: Sequence[str]) -> 
         if old != new and not (args.eval or args.predict):
             raise InputError(f"--resume {path}: {name} was {old} and is {new} now; give {old}")
         setattr(args, name, old)
-    args.weights, args.glove = "none", None
+    args.weights = "none"
     return state
 
 
@@ -814,14 +804,14 @@ def class_table(classes: Sequence[str], ap: np.ndarray, y: np.ndarray) -> str:
     return markdown_table(["class", "AP, %", "positives"], rows)
 
 
-def load_images(paths: Sequence[str], size: int) -> Tensor:
-    """uint8 (B, 3, size, size) of image files."""
-    return torch.stack([test_transform(size)(open_image(path)) for path in paths])
-
-
-def print_predictions(paths: Sequence[str], logits: Tensor, classes: Sequence[str]) -> None:
-    """For each path a table of the five most probable labels."""
-    for path, p in zip(paths, torch.sigmoid(logits.cpu()), strict=True):
-        top = p.argsort(descending=True)[:5].tolist()
-        rows = [[classes[c], f"{p[c]:.3f}"] for c in top]
+@torch.no_grad()
+def predict(
+    score: Callable[[Tensor], Tensor], args: Namespace, classes: list[str], device: torch.device
+) -> None:
+    """Print the five most probable labels of each image of --predict; score: images -> logits."""
+    images = [test_transform(args.size)(open_image(path)) for path in args.predict]
+    for path, p in zip(
+        args.predict, torch.sigmoid(score(torch.stack(images).to(device))), strict=True
+    ):
+        rows = [[classes[c], f"{p[c]:.3f}"] for c in p.argsort(descending=True)[:5].tolist()]
         print(path, markdown_table(["label", "probability"], rows), sep="\n")
