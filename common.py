@@ -41,6 +41,11 @@ class InputError(ValueError):
     """Something the user gave is wrong; the text is one line that names it and says what to do."""
 
 
+def refuse(message: str) -> None:
+    """argparse's `error` method: one line, no usage."""
+    raise InputError(f"{message}; --help lists the arguments")
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Call `main`; an InputError becomes one line on stderr and exit status 2."""
     try:

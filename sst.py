@@ -64,6 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.error = common.refuse
     add = parser.add_argument_group("task").add_argument
     add("--data", default="toy", help=f"one of {', '.join(common.DATASETS)}")
     add("--root", help="folder of the data set")

@@ -432,6 +432,9 @@ def test_every_row_of_table_2_runs(flags, capsys, monkeypatch):
     ("arguments", "word"),
     [
         ("--known 0", "--known"),
+        ("--known half", "--known"),
+        ("--sarl nosuch", "nosuch"),
+        ("--nosuch", "nosuch"),
         ("--known 1.5", "--known"),
         ("--known nan", "--known"),
         ("--data nosuch", "nosuch"),
