@@ -710,7 +710,13 @@ class RunLog:
     """
 
     def __init__(
-        self, args: Namespace, run: dict, y: np.ndarray, data: Data, device: torch.device
+        self,
+        args: Namespace,
+        run: dict,
+        y: np.ndarray,
+        data: Data,
+        device: torch.device,
+        start: int,  # the first epoch of this process
     ) -> None:
         free = (f"runs/{run['method']}-{run['data']}-{n}" for n in count(1))
         self.out = Path(args.out or next(path for path in free if not Path(path).exists()))
@@ -727,9 +733,11 @@ class RunLog:
         line = {"command": sys.argv, **versions, "device": str(device), "seed": args.seed}
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            if not (args.resume and (self.out / "log.jsonl").exists()):
-                line = {"run": run | line | {"args": vars(args)}}
-                (self.out / "log.jsonl").write_text(json.dumps(line) + "\n")
+            path = self.out / "log.jsonl"
+            lines = [json.dumps({"run": run | line | {"args": vars(args)}})]
+            if args.resume and path.exists():
+                lines = path.read_text().splitlines()[:start]  # drops what the checkpoint lacks
+            path.write_text("".join(f"{line}\n" for line in lines))
         except OSError as error:
             raise InputError(f"--out {self.out}: {error.strerror}") from None
 

@@ -473,7 +473,7 @@ def main() -> None:
         common.set_generators(state["generators"])
     if args.compile:
         net.compile()
-    log = common.RunLog(args, run, y, data, device)
+    log = common.RunLog(args, run, y, data, device, start)
     truth, metrics, logits = torch.tensor(data.train.y), state and state["metrics"], None
     for epoch in range(start, args.epochs + 1):
         loader.sampler.epoch, begin = epoch, time.time()

@@ -383,6 +383,8 @@ def test_dry_run_writes_nothing(tmp_path):
 def test_stop_and_resume_equals_one_run_bit_for_bit(tmp_path):
     for flags in (["--out", "whole"], ["--out", "parts", "--stop-after", 1]):
         assert run(*SMALL, *flags, cwd=tmp_path).returncode == 0
+    with open(tmp_path / "parts" / "log.jsonl", "a") as file:
+        file.write('{"epoch": 2, "killed": "after the log, before the checkpoint"}\n')
     assert run(*SMALL, "--out", "parts", "--resume", "auto", cwd=tmp_path).returncode == 0
     whole, parts = (
         torch.load(tmp_path / d / "last.pt", weights_only=True) for d in ("whole", "parts")
