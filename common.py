@@ -14,9 +14,11 @@ import inspect
 import json
 import math
 import os
+import pickle
 import platform
 import resource
 import sys
+import textwrap
 import time
 import xml.etree.ElementTree as ElementTree
 from argparse import Namespace
@@ -27,8 +29,8 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
-import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import precision_recall_curve
 from torch import Tensor, nn
@@ -121,9 +123,6 @@ class Split:
     y: np.ndarray
     ids: list[str]
 
-    def first(self, limit: int | None) -> Split:
-        return Split(self.images[:limit], self.y[:limit], self.ids[:limit])
-
 
 @dataclass
 class Data:
@@ -136,18 +135,16 @@ def load_data(name: str, root: str | None, limit: int | None = None) -> Data:
     """Load a data set; `limit` keeps the first images of each split. InputError on bad files."""
     if name not in DATASETS:
         raise InputError(f"--data {name} is unknown; choose from {', '.join(DATASETS)}")
-    if name == "toy":
-        data = load_toy()
-    elif root is None or not Path(root).is_dir():
-        raise InputError(f"--root {root} is no folder; --data {name} {DATASETS[name].__doc__}")
-    else:
-        data = DATASETS[name](Path(root))
-    data = Data(data.classes, data.train.first(limit), data.test.first(limit))
+    tree, load = DATASETS[name]
+    if tree and (root is None or not Path(root).is_dir()):
+        raise InputError(f"--root {root} is no folder; --data {name} needs {tree} there")
+    data = load(root and Path(root))
     for part, split in (("train", data.train), ("test", data.test)):
-        split.y = check_labels(split.y, len(data.classes), f"{name} {part}")
+        split.images, split.ids = split.images[:limit], split.ids[:limit]
+        split.y = check_labels(split.y, len(data.classes), f"{name} {part}")[:limit]
         if not len(split.y):
             raise InputError(f"{name} {part} in {root} has no image")
-        if name != "toy":
+        if tree:
             check_images(split.images)
     return data
 
@@ -168,29 +165,36 @@ def check_images(paths: Sequence[str]) -> None:
         raise InputError(f"{len(bad)} of {len(paths)} images cannot be read, the first: {bad[0]}")
 
 
+def parse(path: Path, reader: Callable[[str], object]) -> object:
+    """reader(text of the file); whatever is wrong with it becomes an InputError that names it."""
+    try:
+        return reader(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, LookupError, TypeError, ElementTree.ParseError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} cannot be used ({why}); fetch it again") from None
+
+
 def load_coco(root: Path) -> Data:
-    """needs annotations/instances_{train,val}2014.json, train2014/*.jpg and val2014/*.jpg there"""
+    """COCO 2014. Any annotation counts, crowds too; images without annotation stay."""
 
-    def split(part: str) -> tuple[list[str], Split]:
-        path = root / "annotations" / f"instances_{part}.json"
-        try:
-            spec = json.loads(path.read_text(encoding="utf-8"))
-            names = {c["id"]: c["name"] for c in sorted(spec["categories"], key=lambda c: c["id"])}
-            column = {category: c for c, category in enumerate(names)}
-            row = {image["id"]: i for i, image in enumerate(spec["images"])}
-            y = -np.ones((len(row), len(names)), dtype=np.int8)
-            for a in spec["annotations"]:  # crowds too; an image without annotation has no label
-                y[row[a["image_id"]], column[a["category_id"]]] = 1
-            files = [image["file_name"] for image in spec["images"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            why = f"{type(error).__name__}: {error}"
-            raise InputError(f"{path} is not COCO's json ({why}); fetch it again") from None
-        return list(names.values()), Split([str(root / part / f) for f in files], y, files)
+    def labels(text: str) -> tuple[list[str], list[str], np.ndarray]:
+        spec = json.loads(text)
+        names = {c["id"]: c["name"] for c in sorted(spec["categories"], key=lambda c: c["id"])}
+        column = {category: c for c, category in enumerate(names)}
+        row = {image["id"]: i for i, image in enumerate(spec["images"])}
+        y = np.full((len(row), len(names)), -1, dtype=np.int8)
+        for a in spec["annotations"]:
+            y[row[a["image_id"]], column[a["category_id"]]] = 1
+        return list(names.values()), [image["file_name"] for image in spec["images"]], y
 
-    (classes, train), (test_classes, test) = split("train2014"), split("val2014")
-    if classes != test_classes:
+    splits, classes = [], []
+    for part in ("train2014", "val2014"):
+        names, files, y = parse(root / "annotations" / f"instances_{part}.json", labels)
+        splits.append(Split([str(root / part / f) for f in files], y, files))
+        classes.append(names)
+    if classes[0] != classes[1]:
         raise InputError(f"{root}/annotations: train2014 and val2014 have other categories")
-    return Data(classes, train, test)
+    return Data(classes[0], *splits)
 
 
 VOC_CLASSES = (
@@ -199,287 +203,264 @@ VOC_CLASSES = (
 ).split()
 
 
-def load_voc2007(root: Path) -> Data:
-    """needs VOCdevkit/VOC2007/{Annotations,ImageSets/Main,JPEGImages} there"""
-    base = root / "VOCdevkit" / "VOC2007"
+def load_voc(root: Path, year: int, parts: tuple[str, str]) -> Data:
+    """Objects marked difficult do not make a class present."""
+    base = root / "VOCdevkit" / f"VOC{year}"
 
-    def split(part: str) -> Split:
-        path = base / "ImageSets" / "Main" / f"{part}.txt"
-        try:
-            ids = path.read_text().split()
-            y = -np.ones((len(ids), len(VOC_CLASSES)), dtype=np.int8)
-            for i, name in enumerate(ids):
-                path = base / "Annotations" / f"{name}.xml"
-                for item in ElementTree.parse(path).iter("object"):
-                    if item.findtext("difficult", "0").strip() != "1":  # difficult: absent
-                        y[i, VOC_CLASSES.index(item.findtext("name", "").strip())] = 1
-        except (OSError, ValueError, ElementTree.ParseError) as error:
-            why = f"{type(error).__name__}: {error}"
-            raise InputError(f"{path} cannot be read ({why}); fetch VOC again") from None
-        return Split([str(base / "JPEGImages" / f"{name}.jpg") for name in ids], y, ids)
+    def labels(text: str) -> np.ndarray:
+        y = np.full(len(VOC_CLASSES), -1, dtype=np.int8)
+        for item in ElementTree.fromstring(text).iter("object"):
+            if item.findtext("difficult", "0").strip() != "1":
+                y[VOC_CLASSES.index(item.findtext("name", "").strip())] = 1
+        return y
 
-    return Data(VOC_CLASSES, split("trainval"), split("test"))
+    splits = []
+    for part in parts:
+        ids = parse(base / "ImageSets" / "Main" / f"{part}.txt", str.split)
+        y = np.array([parse(base / "Annotations" / f"{name}.xml", labels) for name in ids])
+        splits.append(Split([str(base / "JPEGImages" / f"{name}.jpg") for name in ids], y, ids))
+    return Data(VOC_CLASSES, *splits)
 
 
 # ----------------------------------------------------------------------------------- the toy world
 
-# A context and the chance that its classes show in a scene of it; other classes show rarely.
+# A context: the colours of its sky and ground, its classes and the chance that a scene shows them.
 CONTEXTS = {
-    "street": {"person": 0.8, "car": 0.7, "traffic light": 0.55, "bus": 0.4},
-    "sea": {"sun": 0.8, "boat": 0.7, "fish": 0.55, "umbrella": 0.4},
-    "farm": {"tree": 0.8, "cow": 0.7, "barn": 0.55, "tractor": 0.4},
-    "night": {"moon": 0.8, "tent": 0.7, "fire": 0.55, "owl": 0.4},
+    "street": ("99b9e1 6e6e73", {"person": 0.8, "car": 0.7, "traffic light": 0.55, "bus": 0.4}),
+    "sea": ("96d2f5 2869b4", {"sun": 0.8, "boat": 0.7, "fish": 0.55, "umbrella": 0.4}),
+    "farm": ("a5d7fa 6ea546", {"tree": 0.8, "cow": 0.7, "barn": 0.55, "tractor": 0.4}),
+    "night": ("14193c 1e3228", {"moon": 0.8, "tent": 0.7, "fire": 0.55, "owl": 0.4}),
 }
-OUT_OF_CONTEXT = 0.04
-MISLEADING = 0.2  # proportion of scenes whose background is drawn at random
-NOISE = 14  # standard deviation, of 255
-SKY_AND_GROUND = {
-    "street": ((150, 185, 225), (110, 110, 115)),
-    "sea": ((150, 210, 245), (40, 105, 180)),
-    "farm": ((165, 215, 250), (110, 165, 70)),
-    "night": ((20, 25, 60), (30, 50, 40)),
-}
-# Primitives: E ellipse, R rectangle, P polygon, L line, M moon; points in percent of the object's
-# box; a colour, of which a and b are drawn anew for every object.
-DRAWINGS = {
-    "person": "E 36 0 64 28 s; R 36 28 64 65 a; R 37 65 48 100 b; R 52 65 63 100 b; "
-    "L 36 32 20 60 s; L 64 32 80 60 s",
-    "car": "P 18 50 32 25 70 25 84 50 a; R 2 48 98 76 a; P 34 48 40 32 66 32 74 48 c; "
-    "E 14 62 38 90 k; E 64 62 88 90 k",
-    "traffic light": "R 46 60 54 100 k; R 30 0 70 64 k; E 40 4 60 22 r; E 40 24 60 42 y; "
-    "E 40 44 60 62 g",
-    "bus": "R 0 15 100 80 a; R 8 25 28 45 c; R 32 25 52 45 c; R 56 25 76 45 c; R 80 25 96 62 c; "
-    "E 12 68 34 94 k; E 66 68 88 94 k",
-    "sun": "L 50 0 50 100 y; L 0 50 100 50 y; L 14 14 86 86 y; L 14 86 86 14 y; E 22 22 78 78 y",
-    "boat": "P 0 65 100 65 80 95 20 95 a; L 48 5 48 65 n; P 52 8 52 58 92 58 w",
-    "fish": "E 0 25 75 75 a; P 65 50 100 20 100 80 a; E 14 38 24 50 w",
-    "umbrella": "P 0 50 10 25 30 8 50 3 70 8 90 25 100 50 a; P 35 50 42 15 50 3 58 15 65 50 b; "
-    "L 50 50 50 100 n",
-    "tree": "R 42 60 58 100 n; E 10 0 90 45 e; E 0 25 60 70 e; E 40 25 100 70 e",
-    "cow": "R 15 25 80 65 w; E 25 28 45 52 k; E 55 38 72 60 k; R 18 65 28 95 w; R 66 65 76 95 w; "
-    "E 74 8 100 42 w; E 82 28 100 44 s",
-    "barn": "R 8 45 92 100 r; P 0 48 50 5 100 48 n; R 36 62 64 100 w; L 36 62 64 100 r; "
-    "L 64 62 36 100 r",
-    "tractor": "R 35 35 95 65 a; R 40 5 70 38 a; R 45 12 64 32 c; E 0 40 52 95 k; "
-    "E 14 55 38 80 y; E 66 60 98 95 k; R 84 15 90 36 k",
-    "moon": "M 5 5 95 95 w",
-    "tent": "P 0 90 50 8 100 90 a; P 35 90 50 35 65 90 k; L 50 8 58 0 n",
-    "fire": "P 15 80 25 35 40 50 50 0 62 48 78 30 86 80 o; P 32 80 42 50 50 30 60 52 68 80 y; "
-    "L 5 95 95 80 n; L 5 80 95 95 n",
-    "owl": "E 15 10 85 100 n; P 18 25 22 0 40 14 n; P 82 25 78 0 60 14 n; E 22 18 50 48 w; "
-    "E 50 18 78 48 w; E 32 28 42 40 k; E 58 28 68 40 k; P 45 45 55 45 50 58 o",
-}
-COLOURS = dict(
-    k=(25, 25, 30), w=(245, 245, 245), y=(250, 205, 60), r=(215, 45, 40), g=(60, 180, 75),
-    n=(120, 75, 40), o=(245, 130, 40), s=(240, 195, 160), e=(45, 120, 50), c=(150, 205, 235),
-)  # fmt: skip
-TOY_CLASSES = [name for shown in CONTEXTS.values() for name in shown]
-TOY_SIZE = 64  # pixels
+TOY_CLASSES = [name for _, shown in CONTEXTS.values() for name in shown]
+ELSEWHERE = 0.04  # chance of a class in a scene of another context
+MISLEADING = 0.2  # proportion of scenes whose sky and ground are of a context drawn at random
 CLUTTER = 3.0  # plain shapes a scene has on average
 OBJECT_SIZE = (12, 22)  # height in pixels
+NOISE = 14  # standard deviation, of 255
+# Ellipse, Rectangle, Polygon, Line or Moon, its points xy on a grid of 0..9, and a colour; a and b
+# are drawn anew for every object.
+DRAWINGS = {
+    "person": "E30 62 s; R33 66 a; R36 49 b; R56 69 b; L33 16 s; L63 86 s",
+    "car": "P14 32 62 84 a; R04 97 a; P34 43 63 74 c; E16 38 k; E66 88 k",
+    "traffic light": "R47 59 k; R20 77 k; E30 62 r; E32 64 y; E35 67 g",
+    "bus": "R01 97 a; R12 34 c; R42 64 c; R72 85 c; E16 38 k; E66 88 k",
+    "sun": "L09 90 y; L00 99 y; L40 59 y; L04 95 y; E22 77 y",
+    "boat": "P06 96 78 28 a; L40 46 n; P51 55 85 w",
+    "fish": "E02 67 a; P55 92 97 a; E13 24 w",
+    "umbrella": "P05 12 30 60 82 95 a; P35 40 50 65 b; L45 49 n",
+    "tree": "R46 59 n; E10 84 e; E02 56 e; E43 96 e",
+    "cow": "R12 76 w; E23 44 k; E54 65 k; R16 29 w; R66 79 w; E60 93 w; E72 94 s",
+    "barn": "R14 89 r; P05 40 50 95 n; R36 69 w; L36 69 r; L66 39 r",
+    "tractor": "R33 86 a; R40 63 a; R51 62 c; E03 49 k; E15 38 y; E65 99 k; R71 83 k",
+    "moon": "M00 99 w",
+    "tent": "P08 40 50 98 a; P38 43 53 68 k",
+    "fire": "P17 23 44 50 64 73 87 o; P37 45 53 67 y; L08 97 n; L07 98 n",
+    "owl": "E11 89 n; P23 10 41 n; P73 80 51 n; E12 44 w; E52 84 w; E23 34 k; E63 74 k; L45 56 o",
+    "ball": "E00 99 a",
+    "block": "R00 99 a",
+    "cone": "P09 99 50 a",
+}
+COLOURS = dict(
+    k="191919", w="f5f5f5", y="facd3c", r="d72d28", g="3cb44b", n="784b28", o="f58228", s="f0c3a0",
+    e="2d7832", c="96cdeb",
+)  # fmt: skip
 
 
-def draw_object(
-    draw: ImageDraw.ImageDraw, name: str, box: Sequence[float], rng: np.random.Generator
-) -> None:
+def jitter(colour: bytes | str, rng: np.random.Generator) -> tuple[int, ...]:
+    rgb = colour if isinstance(colour, bytes) else bytes.fromhex(colour)
+    return tuple(min(max(int(v + rng.normal(0, 20)), 0), 255) for v in rgb)
+
+
+def draw_object(draw: ImageDraw.ImageDraw, name: str, box: tuple, rng: np.random.Generator) -> None:
     """Draw one object into box = (left, top, width, height), in pixels, colours jittered."""
     left, top, width, height = box
-    shift = rng.integers(-35, 36, 3)
+    colours = COLOURS | {"a": rng.bytes(3), "b": rng.bytes(3)}
     mirrored = rng.random() < 0.5
-    colours = COLOURS | {"a": tuple(rng.integers(0, 256, 3)), "b": tuple(rng.integers(0, 256, 3))}
-    line_width = max(1, round(width / 14))
     for primitive in DRAWINGS[name].split("; "):
-        kind, *numbers, key = primitive.split()
-        colour = tuple(np.clip(colours[key] + shift, 0, 255).tolist())
-        x, y = np.array(numbers, float).reshape(-1, 2).T / 100
-        x = left + width * (1 - x if mirrored else x)
-        y = top + height * y
-        box, points = (x.min(), y.min(), x.max(), y.max()), list(zip(x, y, strict=True))
-        if kind == "P":
-            draw.polygon(points, colour)
-        elif kind == "L":
-            draw.line(points, colour, line_width)
-        elif kind == "M":
-            draw.chord(box, 60, 300, colour)
-        else:
-            (draw.ellipse if kind == "E" else draw.rectangle)(box, colour)
+        *points, key = primitive[1:].split()
+        points = [(9 - int(x) if mirrored else int(x), int(y)) for x, y in points]
+        points = [(left + width * x / 9, top + height * y / 9) for x, y in points]
+        xs, ys = zip(*points, strict=True)
+        corners = (min(xs), min(ys), max(xs), max(ys))
+        fill = jitter(colours[key], rng)
+        match primitive[0]:
+            case "E":
+                draw.ellipse(corners, fill)
+            case "R":
+                draw.rectangle(corners, fill)
+            case "P":
+                draw.polygon(points, fill)
+            case "L":
+                draw.line(points, fill, max(1, round(width / 14)))
+            case "M":
+                draw.chord(corners, 60, 300, fill)
 
 
-def draw_scene(
-    names: Sequence[str], context: str, rng: np.random.Generator, size: int = TOY_SIZE
-) -> Image.Image:
-    """Sky, ground, clutter of plain shapes, the named objects; at twice the size, then halved."""
-    size = 2 * size
-    sky, ground = (
-        tuple(int(v) for v in np.clip(rng.normal(c, 20), 0, 255)) for c in SKY_AND_GROUND[context]
-    )
-    image = Image.new("RGB", (size, size), sky)
-    draw = ImageDraw.Draw(image)
-    horizon = rng.uniform(0.4, 0.7) * size
-    draw.rectangle((0, horizon, size, size), ground)
-    for _ in range(rng.poisson(CLUTTER * (size / 2 / TOY_SIZE) ** 2)):
-        x, y, w, h = rng.uniform((0, 0, 6, 6), (size, size, 28, 28))
-        fill = tuple(rng.integers(0, 256, 3))
-        corners = (x, y, x + w, y + h)
-        if rng.random() < 0.4:
-            draw.ellipse(corners, fill)
-        elif rng.random() < 0.5:
-            draw.rectangle(corners, fill)
-        else:
-            draw.polygon(((x, y + h), (x + w, y + h), (x + w / 2, y)), fill)
-    for name in rng.permutation(names):
-        height = 2 * rng.uniform(*OBJECT_SIZE)
+def draw_scene(names: list[str], context: str, size: int, rng: np.random.Generator) -> np.ndarray:
+    """uint8 (size, size, 3): sky, ground, clutter, the named objects, noise."""
+    full = 2 * size  # drawn at twice the size, then halved: smooth edges
+    sky, ground = (jitter(colour, rng) for colour in CONTEXTS[context][0].split())
+    image = Image.new("RGB", (full, full), sky)
+    draw, horizon = ImageDraw.Draw(image), rng.uniform(0.4, 0.7) * full
+    draw.rectangle((0, horizon, full, full), ground)
+    clutter = rng.choice(["ball", "block", "cone"], rng.poisson(CLUTTER * (size / 64) ** 2))
+    for name in (*clutter, *rng.permutation(names)):
+        height = 2 * rng.uniform(*OBJECT_SIZE) if name in TOY_CLASSES else rng.uniform(6, 28)
+        low, high = horizon - height, full - 0.9 * height
+        if name in ("sun", "moon", *clutter):
+            low, high = 0, 0.35 * full if name in TOY_CLASSES else full
         width = height * rng.uniform(0.8, 1.25)
-        low, high = (
-            (0, 0.35 * size) if name in ("sun", "moon") else (horizon - height, size - 0.9 * height)
-        )
-        box = (rng.uniform(-0.1 * width, size - 0.9 * width), rng.uniform(low, high), width, height)
-        draw_object(draw, str(name), box, rng)
-    return image.reduce(2)
+        place = rng.uniform(-0.1 * width, full - 0.9 * width), rng.uniform(low, high)
+        draw_object(draw, str(name), (*place, width, height), rng)
+    noise = NOISE * rng.standard_normal((size, size, 3))
+    return np.clip(np.asarray(image.reduce(2)) + noise, 0, 255).astype(np.uint8)
 
 
 def toy_scenes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns images (n, 64, 64, 3) uint8, y (n, C) int8 in {1, -1}, contexts (n,) in 0..3."""
     rng = np.random.default_rng(seed)
-    contexts = rng.integers(len(CONTEXTS), size=n)
-    backgrounds = np.where(
-        rng.random(n) < MISLEADING, rng.integers(len(CONTEXTS), size=n), contexts
-    )
-    home = np.array([[name in shown for name in TOY_CLASSES] for shown in CONTEXTS.values()])
-    chance = np.array([p for shown in CONTEXTS.values() for p in shown.values()])
-    y = np.where(
-        rng.random((n, len(TOY_CLASSES))) < np.where(home[contexts], chance, OUT_OF_CONTEXT), 1, -1
-    )
-    images = np.empty((n, TOY_SIZE, TOY_SIZE, 3), dtype=np.uint8)
-    for i in range(n):
-        names = [TOY_CLASSES[c] for c in np.flatnonzero(y[i] == 1)]
-        images[i] = draw_scene(names, list(CONTEXTS)[backgrounds[i]], rng)
-    noise = rng.standard_normal(images.shape, dtype=np.float32) * NOISE
-    return np.clip(images + noise, 0, 255).astype(np.uint8), y.astype(np.int8), contexts
+    contexts, random = rng.integers(len(CONTEXTS), size=(2, n))
+    backgrounds = np.where(rng.random(n) < MISLEADING, random, contexts)
+    chance = np.full((len(CONTEXTS), len(TOY_CLASSES)), ELSEWHERE)
+    for k, (_, shown) in enumerate(CONTEXTS.values()):
+        chance[k, 4 * k : 4 * k + 4] = list(shown.values())
+    y = np.where(rng.random((n, len(TOY_CLASSES))) < chance[contexts], 1, -1).astype(np.int8)
+    names = [[TOY_CLASSES[c] for c in np.flatnonzero(row == 1)] for row in y]
+    drawn = zip(names, [list(CONTEXTS)[k] for k in backgrounds], strict=True)
+    return np.stack([draw_scene(shown, k, 64, rng) for shown, k in drawn]), y, contexts
 
 
-def load_toy() -> Data:
-    """is made in memory: 2,000 train and 1,000 test scenes"""
-    splits = []
-    for n, seed in ((2000, 0), (1000, 1)):
-        images, y, _ = toy_scenes(n, seed)
-        splits.append(Split(images, y, [f"toy-{seed}-{i}" for i in range(n)]))
-    return Data(TOY_CLASSES, *splits)
+def load_toy(root: None) -> Data:
+    """2,000 train and 1,000 test scenes, made in memory."""
+    parts = [(toy_scenes(n, seed)[:2], seed) for seed, n in enumerate((2000, 1000))]
+    train, test = (Split(x, y, [f"toy-{s}-{i}" for i in range(len(y))]) for (x, y), s in parts)
+    return Data(TOY_CLASSES, train, test)
 
 
-def cache_file(name: str, *recipe: object) -> Path:
-    """Path in the user's cache; its name holds a hash of values and of functions' source."""
-    text = "".join(inspect.getsource(r) if callable(r) else repr(r) for r in recipe)
+def cached_weights(name: str, make: Callable[[], nn.Module]) -> str:
+    """Path of the state dict of `make()`, which is called once for all runs of this user.
+
+    The name of the file holds a hash of the recipe: make's source and that of the toy world.
+    """
+    world = CONTEXTS, DRAWINGS, COLOURS, CLUTTER, OBJECT_SIZE, NOISE, ELSEWHERE, MISLEADING
+    world += TOY_CLIP, TOY_CAPTIONS
+    made = make, fit, toy_layers, toy_scenes, draw_scene, draw_object, jitter
+    sources = [inspect.getsource(function) for function in made]
+    recipe = hashlib.sha256(repr((world, sources)).encode()).hexdigest()[:8]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "weak-multilabel"
-    base.mkdir(parents=True, exist_ok=True)
-    return base / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.pth"
+    path = base / f"{name}-{recipe}.pth"
+    if not path.exists():
+        base.mkdir(parents=True, exist_ok=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            save_checkpoint(path, make().state_dict())
+    return str(path)
+
+
+def fit(net: nn.Module, loss: Callable, n: int, steps: int, lr: float) -> nn.Module:
+    """Minimise loss(indices into n items, 64 a step) over the parameters of net; returns net."""
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    for _ in progress(range(steps), "pretraining for the toy world, once"):
+        optimizer.zero_grad()
+        loss(torch.randint(n, (64,))).backward()
+        optimizer.step()
+        schedule.step()
+    return net.eval()
 
 
 def toy_layers() -> nn.Sequential:
     """Five convolutions, stride 8: (B, 3, 64, 64) -> (B, 96, 8, 8)."""
-
-    def conv(i: int, o: int, stride: int) -> nn.Sequential:
-        layer = nn.Conv2d(i, o, 3, stride, padding=1, bias=False)
-        return nn.Sequential(layer, nn.BatchNorm2d(o), nn.ReLU(inplace=True))
-
-    return nn.Sequential(
-        conv(3, 24, 2), conv(24, 48, 2), conv(48, 48, 1), conv(48, 96, 2), conv(96, 96, 1)
-    )
+    layers = []
+    for i, o, stride in ((3, 24, 2), (24, 48, 2), (48, 48, 1), (48, 96, 2), (96, 96, 1)):
+        conv = nn.Conv2d(i, o, 3, stride, padding=1, bias=False)
+        layers.append(nn.Sequential(conv, nn.BatchNorm2d(o), nn.ReLU(inplace=True)))
+    return nn.Sequential(*layers)
 
 
-def pretrain_toy_layers(layers: nn.Sequential, photos: int = 6000, epochs: int = 2) -> None:
+def pretrained_toy_layers() -> nn.Sequential:
     """What ImageNet is to a real trunk: name the one object of photos that are in no data set."""
-    rng, generator = np.random.default_rng(2), torch.Generator().manual_seed(0)
-    target = rng.integers(len(TOY_CLASSES), size=photos)
-    context = [list(CONTEXTS)[k] for k in rng.integers(len(CONTEXTS), size=photos)]
-    drawn = [
-        np.asarray(draw_scene([TOY_CLASSES[c]], k, rng, size=32))
-        for c, k in zip(target, context, strict=True)
-    ]
-    noisy = np.stack(drawn) + NOISE * rng.standard_normal((photos, 32, 32, 3))
-    images = torch.tensor(np.clip(noisy, 0, 255).astype(np.uint8)).permute(0, 3, 1, 2)
-    images, target = normalise(images), torch.tensor(target)
-    head = nn.Linear(96, len(TOY_CLASSES))
-    optimizer = torch.optim.AdamW([*layers.parameters(), *head.parameters()], weight_decay=0.01)
-    order = [torch.randperm(photos, generator=generator).split(64) for _ in range(epochs)]
-    batches = [index for split in order for index in split if len(index) == 64]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=len(batches))
-    for index in progress(batches, "pretraining the toy trunk, once"):
-        logits = head(layers(images[index]).mean((2, 3)))
-        loss = nn.functional.cross_entropy(logits, target[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    rng, n = np.random.default_rng(2), 6000
+    target = torch.tensor(rng.integers(len(TOY_CLASSES), size=n))
+    photos = [draw_scene([TOY_CLASSES[c]], rng.choice(list(CONTEXTS)), 32, rng) for c in target]
+    images = normalise(torch.tensor(np.stack(photos)).permute(0, 3, 1, 2))
+    net = nn.Sequential(toy_layers(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 16))
+    loss = nn.functional.cross_entropy
+    return fit(net, lambda k: loss(net(images[k]), target[k]), n, steps=190, lr=5e-3)[0]
 
 
-def toy_trunk(weights: str) -> nn.Sequential:
-    """The toy world's trunk; weights "default" (pretrained once, cached), "none" or PATH."""
-    layers = toy_layers()
-    if weights == "default":
-        world = (CONTEXTS, SKY_AND_GROUND, DRAWINGS, COLOURS, CLUTTER, OBJECT_SIZE, NOISE)
-        path = cache_file(
-            "toy-trunk", world, draw_scene, draw_object, toy_layers, pretrain_toy_layers
-        )
-        if not path.exists():
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                layers = toy_layers()
-                pretrain_toy_layers(layers)
-            save_checkpoint(path, layers.state_dict())
-        weights = str(path)
-    return layers if weights == "none" else load_weights(layers, weights)
+TOY_CLIP = dict(  # what becomes of open_clip's RN50-quickgelu; 3 x 3 positions
+    embed_dim=128,
+    vision_cfg=dict(layers=[1, 1, 1, 1], width=16, image_size=96),
+    text_cfg=dict(context_length=16, vocab_size=49408, width=128, heads=2, layers=2),
+)
+TOY_CAPTIONS = "a photo of a {}", "the region showing a {}", "a picture of a {}", "there is a {}"
 
 
-DATASETS = {"toy": load_toy, "coco": load_coco, "voc2007": load_voc2007}
+def pretrained_toy_clip() -> nn.Module:
+    """What OpenAI's CLIP is to real photographs: learns from captions of scenes in no data set.
+
+    A caption names one or two random objects of its scene.
+    """
+    rng, size = np.random.default_rng(4), TOY_CLIP["vision_cfg"]["image_size"]
+    scenes, y, _ = toy_scenes(4000, seed=3)
+    scenes, y = torch.tensor(scenes[(y == 1).any(1)]), y[(y == 1).any(1)]
+    net = open_clip.create_model("RN50-quickgelu", **TOY_CLIP)
+    tokenize, loss = open_clip.SimpleTokenizer(context_length=16), open_clip.ClipLoss()
+
+    def step(index: Tensor) -> Tensor:
+        captions = []
+        for row in y[index]:
+            names = {TOY_CLASSES[c] for c in rng.choice(np.flatnonzero(row == 1), 2)}
+            captions.append(rng.choice(TOY_CAPTIONS).format(" and a ".join(sorted(names))))
+        images = v2.functional.resize(scenes[index].permute(0, 3, 1, 2), [size, size])
+        return loss(*net(normalise(images, *CLIP_MEAN_STD), tokenize(captions)))
+
+    return fit(net, step, len(y), steps=500, lr=1e-3)
+
+
+CLIP_MEAN_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+
+
+def load_clip(arch: str, weights: str, size: int) -> tuple[nn.Module, Callable]:
+    """open_clip's CLIP with a ResNet tower for images of `size` pixels, and its tokenizer.
+
+    arch "toy" or a name of open_clip; weights "default" (OpenAI's; the toy world's own), "none" or
+    a path. The positional table is interpolated when size is not the tower's own.
+    """
+    if arch == "toy":
+        name, config = "RN50-quickgelu", TOY_CLIP
+        if weights == "default":
+            weights = cached_weights("toy-clip", pretrained_toy_clip)
+    else:
+        name, config = arch, {}
+    try:
+        pretrained = {"default": "openai", "none": None}.get(weights, weights)
+        net = open_clip.create_model(name, pretrained=pretrained, **config)
+    except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"--arch {arch} --weights {weights}: {why}") from None
+    if not hasattr(net.visual, "attnpool"):
+        raise InputError(f"--arch {arch} has no spatial map before its pooling; try RN50-quickgelu")
+    pool = net.visual.attnpool
+    if size % 32:
+        raise InputError(f"--size {size} must be a multiple of 32")
+    mean, grid = pool.positional_embedding.detach().split((1, len(pool.positional_embedding) - 1))
+    grid = grid.unflatten(0, (math.isqrt(len(grid)), -1)).permute(2, 0, 1)[None]  # (1, D, h, w)
+    grid = nn.functional.interpolate(grid, (size // 32, size // 32), mode="bicubic")
+    pool.positional_embedding = nn.Parameter(torch.cat((mean, grid.flatten(2)[0].T)))
+    return net, open_clip.get_tokenizer(name, context_length=net.context_length)
+
+
+VOC_TREE = "VOCdevkit/VOC{}/{{Annotations,ImageSets/Main,JPEGImages}}"
+DATASETS = {  # name: (the tree expected under --root, loader)
+    "toy": ("", load_toy),
+    "coco": ("annotations/instances_{train,val}2014.json, train2014/, val2014/", load_coco),
+    "voc2007": (VOC_TREE.format(2007), lambda root: load_voc(root, 2007, ("trainval", "test"))),
+}
 
 
 # ----------------------------------------------------------------------------------------- loading
-
-
-def load_weights(net: nn.Module, path: str) -> nn.Module:
-    """Load a state dict into `net` and return it; InputError when the file is none or misfits."""
-    try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # a file of any content comes here
-        why = " ".join(str(error).split())[:200]
-        raise InputError(f"--weights {path} does not fit: {type(error).__name__}: {why}") from None
-    return net
-
-
-def torchvision_trunk(arch: str, weights: str) -> nn.Sequential:
-    """A torchvision classifier less its head; weights "default" (ImageNet V1), "none" or PATH."""
-    try:
-        pretrained = "IMAGENET1K_V1" if weights == "default" else None
-        net = torchvision.models.get_model(arch, weights=pretrained)
-    except OSError as error:
-        raise InputError(f"--weights of {arch} cannot be fetched ({error}); give a file") from None
-    except ValueError:
-        raise InputError(f"--arch {arch} is unknown; try resnet101 or mobilenet_v2") from None
-    if weights not in ("default", "none"):
-        load_weights(net, weights)
-    if hasattr(net, "layer4"):
-        return nn.Sequential(*list(net.children())[:-2])
-    if not hasattr(net, "features"):
-        raise InputError(f"--arch {arch} has no spatial trunk; try resnet101 or mobilenet_v2")
-    return net.features
-
-
-def read_glove(path: str, classes: list[str]) -> Tensor:
-    """Word vectors (C, 300) of a GloVe text file: the mean over the words of each class name."""
-    wanted, found = {word for name in classes for word in name.lower().split()}, {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            for word, *numbers in (line.rstrip().split(" ") for line in file):
-                if word in wanted and len(numbers) == 300:
-                    found[word] = torch.tensor([float(n) for n in numbers])
-    except (OSError, ValueError) as error:
-        raise InputError(f"--glove {path}: {error}") from None
-    if missing := sorted(wanted - set(found)):
-        raise InputError(f"--glove {path} has no 300-d vector for: {', '.join(missing)}")
-    return torch.stack(
-        [torch.stack([found[w] for w in n.lower().split()]).mean(0) for n in classes]
-    )
 
 
 def open_image(item: str | np.ndarray) -> Image.Image:
@@ -517,54 +498,60 @@ def normalise(x: Tensor, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)) 
 
 
 class ImageDataset(Dataset):
-    """Items (image, y (C,), index) by key (epoch, index).
+    """Items (*views, y (C,), index) by key (epoch, index), one view by each of `transforms`.
 
     The augmentation hangs on seed, epoch and index alone: any number of workers gives the same
     batches, and a resumed run draws what the uninterrupted one drew.
     """
 
-    def __init__(
-        self, images: Sequence[str] | np.ndarray, y: np.ndarray, transform: v2.Transform, seed: int
-    ) -> None:
-        self.images, self.y, self.transform = images, torch.as_tensor(y), transform
-        self.seed = seed
+    def __init__(self, images: Sequence, y: np.ndarray, transforms: list, seed: int) -> None:
+        self.images, self.y = images, torch.as_tensor(y)
+        self.transforms, self.seed = transforms, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
         epoch, i = key
         image = open_image(self.images[i])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(hash((self.seed, epoch, i)) % 2**31)
-            return self.transform(image), self.y[i], i
+            return *(transform(image) for transform in self.transforms), self.y[i], i
 
 
 class EpochSampler(Sampler):
-    """Keys (epoch, index): shuffled by (seed, epoch), in order without a seed. Set `.epoch`."""
+    """Batches of keys (epoch, index): shuffled by (seed, epoch), in order without a seed.
 
-    def __init__(self, n: int, seed: int | None = None) -> None:
-        self.n, self.seed, self.epoch = n, seed, 0
+    Set `.epoch`. A shuffled epoch leaves out a last smaller batch: batch statistics want whole
+    ones.
+    """
+
+    def __init__(self, indices: np.ndarray, batch_size: int, seed: int | None = None) -> None:
+        self.indices, self.batch_size, self.seed, self.epoch = indices, batch_size, seed, 0
+        self.whole = seed is not None and len(indices) >= batch_size
 
     def __len__(self) -> int:
-        return self.n
+        return (len(self.indices) + (0 if self.whole else self.batch_size - 1)) // self.batch_size
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.arange(self.n)
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = self.indices
         if self.seed is not None:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
-        return iter([(self.epoch, i) for i in order.tolist()])
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
+        for k in range(len(self)):
+            batch = order[k * self.batch_size : (k + 1) * self.batch_size]
+            yield [(self.epoch, i) for i in batch.tolist()]
 
 
-def make_loaders(data: Data, y: np.ndarray, args: Namespace, device: torch.device) -> list:
-    """Loaders of (uint8 images, labels, indices): train with labels y, shuffled, and test."""
-    shared = dict(batch_size=args.batch_size, num_workers=args.workers)
-    shared |= dict(persistent_workers=args.workers > 0, pin_memory=device.type == "cuda")
-    train = ImageDataset(data.train.images, y, train_transform(args.size, args.crops), args.seed)
-    test = ImageDataset(data.test.images, data.test.y, test_transform(args.size), args.seed)
-    shuffled, in_order = EpochSampler(len(y), args.seed), EpochSampler(len(data.test.y))
-    whole = len(y) >= args.batch_size  # batch statistics want whole batches
-    return [
-        DataLoader(train, sampler=shuffled, drop_last=whole, **shared),
-        DataLoader(test, sampler=in_order, **shared),
-    ]
+def make_loader(
+    images: Sequence, y: np.ndarray, views: list, sampler: Sampler, args: Namespace
+) -> DataLoader:
+    """Brings (*uint8 views, labels, indices) of the batches of keys that `sampler` lists."""
+    workers = dict(num_workers=args.workers, persistent_workers=args.workers > 0)
+    workers |= dict(pin_memory=torch.cuda.is_available())
+    return DataLoader(ImageDataset(images, y, views, args.seed), batch_sampler=sampler, **workers)
+
+
+def test_loader(data: Data, args: Namespace) -> DataLoader:
+    """Brings (image, labels, index) of every test image once, in order."""
+    sampler = EpochSampler(np.arange(len(data.test.y)), args.batch_size)
+    return make_loader(data.test.images, data.test.y, [test_transform(args.size)], sampler, args)
 
 
 # ----------------------------------------------------------------------------------------- metrics
@@ -588,10 +575,10 @@ def multilabel_metrics(logits: np.ndarray, y: np.ndarray) -> dict:
         width = -100 * np.diff(recall)
         ap[c] = np.sum(width * precision[:-1])
         interpolated[c] = np.sum(width * np.maximum.accumulate(precision[:-1]))
-    top3 = np.zeros_like(truth)
-    np.put_along_axis(top3, np.argsort(-logits, axis=1, kind="stable")[:, :3], True, axis=1)
     mean = [float(v[shown].mean()) if shown.any() else math.nan for v in (ap, interpolated)]
     result = dict(zip(("mAP", "mAP_interp"), mean, strict=True))
+    top3 = np.zeros_like(truth)
+    np.put_along_axis(top3, np.argsort(-logits, axis=1, kind="stable")[:, :3], True, axis=1)
     for suffix, said in (("", logits >= 0), ("_top3", top3)):
         right, said, there = ((m.sum(0)[shown]) for m in (said & truth, said, truth))
         overall = right.sum() / max(said.sum(), 1), right.sum() / max(there.sum(), 1)
@@ -651,6 +638,16 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name} cannot be used ({why}); try cpu") from None
 
 
+def load_weights(net: nn.Module, path: str) -> nn.Module:
+    """Load a state dict into `net` and return it; InputError when the file is none or misfits."""
+    try:
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # a file of any content comes here
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"--weights {path} does not fit: {type(error).__name__}: {why}") from None
+    return net
+
+
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write under a temporary name, fsync, rename: whatever happens, `path` is whole."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -693,10 +690,6 @@ def check_same_run(state: dict, run: dict, args: Namespace) -> None:
             raise InputError(f"--resume: {name} was {state[name]} and is {value} now")
 
 
-def get_generators() -> dict:
-    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
-
-
 def set_generators(state: dict) -> None:
     torch.set_rng_state(state["cpu"])
     if len(state["cuda"]) == torch.cuda.device_count():
@@ -707,36 +700,28 @@ class RunLog:
     """The folder OUT of a run: log.jsonl, last.pt, samples.png. A dry run writes nothing.
 
     log.jsonl begins with {"run": ...} and has one object an epoch, echoed as a line on stdout.
+    `start` is the first epoch of this process: on resume, later lines are dropped.
     """
 
-    def __init__(
-        self,
-        args: Namespace,
-        run: dict,
-        y: np.ndarray,
-        data: Data,
-        device: torch.device,
-        start: int,  # the first epoch of this process
-    ) -> None:
+    def __init__(self, args: Namespace, run: dict, y: np.ndarray, start: int) -> None:
         free = (f"runs/{run['method']}-{run['data']}-{n}" for n in count(1))
         self.out = Path(args.out or next(path for path in free if not Path(path).exists()))
-        self.args, self.run, self.data, self.device = args, run, data, device
+        self.args, self.run = args, run
         if (self.out / "last.pt").exists() and not args.resume:
             raise InputError(f"--out {self.out} holds a run; add --resume auto, or choose another")
         where = "nothing is written" if args.dry_run else f"log in {self.out}"
+        size = f"{y.shape[0]} training images of {y.shape[1]} classes"
         known = f"{(y != 0).mean():.2%} of the labels known, mask {run['mask']}"
-        sizes = f"{len(y)} train and {len(data.test.y)} test images, {y.shape[1]} classes"
-        print(f"{run['method']} on {run['data']}: {sizes}, {known}, {device}, {where}", flush=True)
+        print(f"{run['method']} on {run['data']}: {size}, {known}; {where}", flush=True)
         if args.dry_run:
             return
         versions = dict(python=platform.python_version(), torch=torch.__version__)
-        line = {"command": sys.argv, **versions, "device": str(device), "seed": args.seed}
+        line = run | versions | dict(command=sys.argv, seed=args.seed, args=vars(args))
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            path = self.out / "log.jsonl"
-            lines = [json.dumps({"run": run | line | {"args": vars(args)}})]
+            path, lines = self.out / "log.jsonl", [json.dumps({"run": line})]
             if args.resume and path.exists():
-                lines = path.read_text().splitlines()[:start]  # drops what the checkpoint lacks
+                lines = path.read_text().splitlines()[:start]
             path.write_text("".join(f"{line}\n" for line in lines))
         except OSError as error:
             raise InputError(f"--out {self.out}: {error.strerror}") from None
@@ -744,7 +729,7 @@ class RunLog:
     def epoch(self, entry: dict, begin: float, speed: float) -> None:
         """Log an epoch that began at time `begin` and trained `speed` images a second."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if self.device.type == "cuda":
+        if torch.cuda.is_initialized():
             peak = torch.cuda.max_memory_allocated()
         entry |= dict(seconds=time.time() - begin, images_per_second=speed)
         entry |= dict(peak_memory_gb=peak / 2**30)
@@ -759,36 +744,28 @@ class RunLog:
 
     def checkpoint(self, state: dict) -> None:
         if not self.args.dry_run:
-            state |= self.run | dict(args=vars(self.args), generators=get_generators())
+            generators = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
+            state |= self.run | dict(args=vars(self.args), generators=generators)
             save_checkpoint(self.out / "last.pt", state)
 
-    def samples(self, logits: np.ndarray | None) -> None:
-        """samples.png: test images, their true labels, predictions green if right, red if wrong."""
+    def samples(self, data: Data, logits: np.ndarray | None) -> None:
+        """samples.png: test images, their labels found, missed and wrongly said."""
         if self.args.dry_run or logits is None:
             return
-        test, classes, side, font = (
-            self.data.test,
-            self.data.classes,
-            170,
-            ImageFont.load_default(11),
-        )
-        sheet = Image.new("RGB", (6 * (side + 8), 3 * (side + 82)), "white")
-        draw = ImageDraw.Draw(sheet)
-        for k in range(min(18, len(logits))):
-            left, top = k % 6 * (side + 8), k // 6 * (side + 82)
-            sheet.paste(open_image(test.images[k]).resize((side, side)), (left, top))
-            true = [(classes[c], "black") for c in np.flatnonzero(test.y[k] == 1)]
-            said = [c for c in np.argsort(-logits[k]) if logits[k, c] >= 0]
-            said = [(classes[c], "green" if test.y[k, c] == 1 else "red") for c in said]
-            y = top + side
-            for words in ([("true:", "gray"), *true], [("predicted:", "gray"), *said]):
-                x = left
-                for word, colour in words:
-                    if x + draw.textlength(word, font) > left + side:
-                        x, y = left, y + 13
-                    draw.text((x, y), word, colour, font)
-                    x += draw.textlength(word + "  ", font)
-                y += 14
+        sheet = Image.new("RGB", (6 * 180, 3 * 250), "white")
+        draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+        for k, (said, true) in enumerate(zip(logits[:18] >= 0, data.test.y[:18] == 1, strict=True)):
+            x, y = k % 6 * 180, k // 6 * 250
+            sheet.paste(open_image(data.test.images[k]).resize((176, 176)), (x, y))
+            for word, which, colour in (
+                ("found", said & true, "green"),
+                ("missed", true & ~said, "gray"),
+                ("wrong", said & ~true, "red"),
+            ):
+                names = ", ".join(data.classes[c] for c in np.flatnonzero(which))
+                for text in textwrap.wrap(f"{word}: {names}", 30) if names else ():
+                    draw.text((x, y + 177), text, colour, font)
+                    y += 13
         sheet.save(self.out / "samples.png")
         print(f"test images with their labels and predictions: {self.out / 'samples.png'}")
 
@@ -802,10 +779,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def metrics_table(columns: dict[str, dict]) -> str:
     """A Markdown table of results of `multilabel_metrics`, one column each."""
-    first = next(iter(columns.values()))
-    keys = [key for key in first if key not in ("ap", "empty_classes")]
-    names = {"mAP_interp": "mAP-interp"}
-    rows = [[names.get(k, k), *(f"{m[k]:.2f}" for m in columns.values())] for k in keys]
+    keys = [key for key in next(iter(columns.values())) if key not in ("ap", "empty_classes")]
+    rows = [[key.replace("_", "-"), *(f"{m[key]:.2f}" for m in columns.values())] for key in keys]
     rows.append(["classes left out", *(str(m["empty_classes"]) for m in columns.values())])
     return markdown_table(["metric, %", *columns], rows)
 
@@ -818,13 +793,10 @@ def class_table(classes: Sequence[str], ap: np.ndarray, y: np.ndarray) -> str:
 
 
 @torch.no_grad()
-def predict(
-    score: Callable[[Tensor], Tensor], args: Namespace, classes: list[str], device: torch.device
-) -> None:
+def predict(score: Callable, args: Namespace, classes: list[str], device: torch.device) -> None:
     """Print the five most probable labels of each image of --predict; score: images -> logits."""
     images = [test_transform(args.size)(open_image(path)) for path in args.predict]
-    for path, p in zip(
-        args.predict, torch.sigmoid(score(torch.stack(images).to(device))), strict=True
-    ):
+    probability = torch.sigmoid(score(torch.stack(images).to(device)))
+    for path, p in zip(args.predict, probability, strict=True):
         rows = [[classes[c], f"{p[c]:.3f}"] for c in p.argsort(descending=True)[:5].tolist()]
         print(path, markdown_table(["label", "probability"], rows), sep="\n")

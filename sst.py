@@ -37,6 +37,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 import common
@@ -54,9 +55,7 @@ RECIPES = {  # "real" is the paper's; lambdas differ because every loss here is 
         lambda_1=3.0, lambda_2=0.2,
     ),
 }  # fmt: skip
-
-
-# what the shape of the model hangs on: taken from the checkpoint by --eval and --predict
+# the model hangs on these: --eval and --predict take them from the checkpoint
 MODEL_ARGS = "arch train_trunk size width hidden sarl no_ist stat_cooc".split()
 
 
@@ -117,23 +116,52 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def build_trunk(arch: str, weights: str) -> tuple[nn.Sequential, nn.Sequential, int]:
     """Return (early stages, last stage, channels of the feature map) of a classifier less its head.
 
-    The last stage starts at the last layer that shrinks the map, `layer4` of a ResNet.
+    The last stage starts at the last layer that shrinks the map, `layer4` of a ResNet. weights:
+    "default" (ImageNet V1; the toy trunk's own pretraining), "none" or the path of a state dict.
     """
-    layers = common.toy_trunk(weights) if arch == "toy" else common.torchvision_trunk(arch, weights)
+    if arch == "toy":
+        net = layers = common.toy_layers()
+        if weights == "default":
+            weights = common.cached_weights("toy-trunk", common.pretrained_toy_layers)
+    else:
+        default = "IMAGENET1K_V1" if weights == "default" else None
+        try:
+            net = torchvision.models.get_model(arch, weights=default)
+        except (OSError, ValueError) as error:
+            hint = "choose resnet101 or mobilenet_v2, or give a file of --weights"
+            raise InputError(f"--arch {arch}: {error}; {hint}") from None
+        layers = [*net.children()][:-2] if hasattr(net, "layer4") else getattr(net, "features", [])
+    if weights not in ("default", "none"):
+        common.load_weights(net, weights)
     x, sides = torch.zeros(1, 3, 224, 224), []
     with torch.no_grad():
-        for layer in layers.eval():
+        for layer in nn.Sequential(*layers).eval():
             sides.append(x.shape[-1])
             x = layer(x)
-    last = max(k for k, side in enumerate(sides) if side > (sides + [x.shape[-1]])[k + 1])
-    return layers[:last], layers[last:], x.shape[1]
+    if not sides:
+        raise InputError(f"--arch {arch} has no spatial trunk; choose resnet101 or mobilenet_v2")
+    last = max(k for k, side in enumerate(sides) if side > [*sides, x.shape[-1]][k + 1])
+    return nn.Sequential(*layers[:last]), nn.Sequential(*layers[last:]), x.shape[1]
+
+
+def read_glove(path: str, classes: list[str]) -> Tensor:
+    """Word vectors (C, 300) of a GloVe text file: the mean over the words of each class name."""
+    names = [name.lower().split() for name in classes]
+    wanted, found = {word for name in names for word in name}, {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            for word, *numbers in (line.rstrip().split(" ") for line in file):
+                if word in wanted and len(numbers) == 300:
+                    found[word] = torch.tensor([float(n) for n in numbers])
+    except (OSError, ValueError) as error:
+        raise InputError(f"--glove {path}: {error}") from None
+    if missing := sorted(wanted - set(found)):
+        raise InputError(f"--glove {path} has no 300-d vector for: {', '.join(missing)}")
+    return torch.stack([torch.stack([found[word] for word in name]).mean(0) for name in names])
 
 
 class SemanticDecoupling(nn.Module):
-    """Class features by low-rank bilinear attention (SSGRL, ICCV 2019): (B, N, D) -> (B, C, D).
-
-    SSGRL's two linear maps after the tanh have no nonlinearity between them and are one here.
-    """
+    """Class features by low-rank bilinear attention (SSGRL, ICCV 2019): (B, N, D) -> (B, C, D)."""
 
     def __init__(self, num_classes: int, width: int, words: Tensor | None) -> None:
         super().__init__()
@@ -161,8 +189,7 @@ class SemanticAttention(nn.Module):
         self.maps = nn.Linear(width, num_classes, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = torch.sigmoid(self.maps(x))  # (B, N, C)
-        return weight.transpose(1, 2) @ x / x.shape[1]  # (B, C, D)
+        return torch.sigmoid(self.maps(x)).transpose(1, 2) @ x / x.shape[1]  # (B, C, D)
 
 
 class GatedGraph(nn.Module):
@@ -200,10 +227,9 @@ class PairNet(nn.Module):
         # Eq. 1: p_ij = phi_intra([f_i, f_j]); the sigmoid is taken where p is needed
         return self.rest(a[:, self.i] + b[:, self.j]).squeeze(-1)  # (B, pairs)
 
-    def matrix(self, logits: Tensor) -> Tensor:
+    def matrix(self, logits: Tensor, num_classes: int) -> Tensor:
         """Pair logits (B, pairs) -> P (B, C, C): probabilities, symmetric, zero diagonal."""
-        classes = int((1 + math.isqrt(1 + 8 * logits.shape[1])) // 2)
-        p = logits.new_zeros(len(logits), classes, classes)
+        p = logits.new_zeros(len(logits), num_classes, num_classes)
         p[:, self.i, self.j] = p[:, self.j, self.i] = torch.sigmoid(logits)
         return p
 
@@ -216,16 +242,13 @@ class SST(nn.Module):
 
     def __init__(self, args: argparse.Namespace, classes: list[str], adjacency: Tensor) -> None:
         super().__init__()
+        C, D, self.bf16 = len(classes), args.width, args.precision == "bf16"
         early, last, channels = build_trunk(args.arch, args.weights)
-        if args.train_trunk == "none":
-            early, last = nn.Sequential(early, last), nn.Sequential()
-        elif args.train_trunk == "all":
-            early, last = nn.Sequential(), nn.Sequential(early, last)
-        self.bf16 = args.precision == "bf16"
-        self.frozen, self.trained = early.requires_grad_(False), last
-        C, D = len(classes), args.width
+        frozen = ("all", "last", "none").index(args.train_trunk)  # how many of the two parts
+        self.frozen = nn.Sequential(*(early, last)[:frozen]).requires_grad_(False)
+        self.trained = nn.Sequential(*(early, last)[frozen:])
         self.project = nn.Sequential(nn.Conv2d(channels, D, 1, bias=False), nn.BatchNorm2d(D))
-        words = common.read_glove(args.glove, classes) if args.glove else None
+        words = read_glove(args.glove, classes) if args.glove else None
         sam = args.sarl == "sam"
         self.sarl = SemanticAttention(C, D) if sam else SemanticDecoupling(C, D, words)
         self.graph = GatedGraph(adjacency, D)
@@ -263,12 +286,8 @@ def pair_targets(y: Tensor, i: Tensor, j: Tensor, negatives: str = "both") -> Te
     Returns int64 (B, pairs).
     """
     a, b = y[:, i], y[:, j]
-    if negatives == "both":
-        negative = (a != 0) & (b != 0)
-    elif negatives == "either":
-        negative = (a == -1) | (b == -1)
-    else:
-        negative = torch.ones_like(a, dtype=torch.bool)
+    either = (a == -1) | (b == -1)
+    negative = dict(both=(a != 0) & (b != 0), either=either, all=torch.ones_like(either))[negatives]
     return torch.where((a == 1) & (b == 1), 1, -negative.long())
 
 
@@ -386,7 +405,7 @@ def train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args) -> tu
         if not args.no_ist:
             p = net.graph.adjacency.T[None]  # for --stat-cooc: row i, column j holds P(i|j)
             if pair_logits is not None:
-                p = net.pairs.matrix(pair_logits.detach())
+                p = net.pairs.matrix(pair_logits.detach(), y.shape[1])
                 if not args.no_ist_loss:
                     target = pair_targets(y, net.pairs.i, net.pairs.j, args.pairs)
                     loss_ist = ist_loss(pair_logits, target)
@@ -395,8 +414,7 @@ def train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args) -> tu
         if not args.no_cst:
             cross = cross_pseudo_labels(f, y, prototype, theta_cross)
             loss_cross = partial_bce(logits, cross)
-            if not args.no_cst_loss:
-                loss_cst = cst_loss(f, y)
+            loss_cst = zero if args.no_cst_loss else cst_loss(f, y)
             positive = (y == 1).float()
             sums += torch.einsum("bc,bcd->cd", positive, F.normalize(f.detach(), dim=-1))
             count += positive.sum(0)[:, None]
@@ -441,8 +459,6 @@ def main() -> None:
     device = common.pick_device(args.device)
     torch.manual_seed(args.seed)
     state = common.load_checkpoint(args, "sst", MODEL_ARGS)
-    if args.eval or args.predict:
-        args.glove = None  # the word vectors are in the checkpoint
     if args.predict:
         net = SST(args, state["classes"], state["model"]["graph.adjacency"]).to(device).eval()
         net.load_state_dict(state["model"])
@@ -453,7 +469,10 @@ def main() -> None:
     run = dict(method="sst", data=args.data, classes=data.classes, mask=common.mask_hash(y))
     net = SST(args, data.classes, cooccurrence(torch.tensor(y)))
     net.to(device, memory_format=torch.channels_last)
-    loader, test_loader = common.make_loaders(data, y, args, device)
+    views = [common.train_transform(args.size, args.crops)]
+    sampler = common.EpochSampler(np.arange(len(y)), args.batch_size, args.seed)
+    loader = common.make_loader(data.train.images, y, views, sampler, args)
+    test_loader = common.test_loader(data, args)
     if state:
         common.check_same_run(state, run, args)
         net.load_state_dict(state["model"])
@@ -473,10 +492,10 @@ def main() -> None:
         common.set_generators(state["generators"])
     if args.compile:
         net.compile()
-    log = common.RunLog(args, run, y, data, device, start)
+    log = common.RunLog(args, run, y, start)
     truth, metrics, logits = torch.tensor(data.train.y), state and state["metrics"], None
     for epoch in range(start, args.epochs + 1):
-        loader.sampler.epoch, begin = epoch, time.time()
+        sampler.epoch, begin = epoch, time.time()
         entry = dict(epoch=epoch, lr=scheduler.get_last_lr()[0])
         parts, prototype = train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args)
         scheduler.step()
@@ -490,12 +509,9 @@ def main() -> None:
         log.checkpoint(state | dict(metrics=metrics, best=best))
         if epoch == args.stop_after:
             return print(f"stopped after epoch {epoch}; --out {log.out} --resume auto continues")
-    print(
-        common.metrics_table(
-            {"last epoch": metrics, "best on test (what most papers report)": best}
-        )
-    )
-    log.samples(logits)
+    columns = {"last epoch": metrics, "best on test (what most papers report)": best}
+    print(common.metrics_table(columns))
+    log.samples(data, logits)
 
 
 if __name__ == "__main__":

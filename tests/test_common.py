@@ -135,8 +135,9 @@ def test_image_that_breaks_while_decoding_is_named_through_a_worker(coco):
     Image.effect_noise((200, 200), 50).convert("RGB").save(image)
     truncate(image)
     data = common.load_data("coco", str(coco))  # the header is whole
-    dataset = common.ImageDataset(data.train.images, data.train.y, common.test_transform(32), 0)
-    loader = DataLoader(dataset, 3, sampler=common.EpochSampler(3), num_workers=1)
+    dataset = common.ImageDataset(data.train.images, data.train.y, [common.test_transform(32)], 0)
+    sampler = common.EpochSampler(np.arange(3), 3)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=1)
     with pytest.raises(InputError, match=image.name):
         next(iter(loader))
 
@@ -202,10 +203,11 @@ def test_images_of_any_mode_are_images(mode, tmp_path):
 
 def batches(workers, epoch=1):
     images, y, _ = common.toy_scenes(20, 3)
-    dataset = common.ImageDataset(images, y, common.train_transform(64, (512, 256)), seed=5)
-    sampler = common.EpochSampler(20, seed=5)
+    views = [common.train_transform(64, (512, 256))]
+    dataset = common.ImageDataset(images, y, views, seed=5)
+    sampler = common.EpochSampler(np.arange(20), 10, seed=5)
     sampler.epoch = epoch
-    return list(DataLoader(dataset, 8, sampler=sampler, num_workers=workers))
+    return list(DataLoader(dataset, batch_sampler=sampler, num_workers=workers))
 
 
 def test_batches_hang_on_seed_and_epoch_and_not_on_workers():
@@ -218,18 +220,11 @@ def test_batches_hang_on_seed_and_epoch_and_not_on_workers():
 
 def test_augmentation_leaves_the_global_generator_alone():
     images, y, _ = common.toy_scenes(20, 3)
-    dataset = common.ImageDataset(images, y, common.train_transform(64, (512, 256)), seed=5)
+    views = [common.train_transform(64, (512, 256))]
+    dataset = common.ImageDataset(images, y, views, seed=5)
     before = torch.get_rng_state()
     assert not torch.equal(dataset[1, 0][0], dataset[2, 0][0])
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_glove_vectors_are_means_over_words(tmp_path):
-    path = tmp_path / "glove.txt"
-    path.write_text("\n".join(f"{w} {' '.join([str(v)] * 300)}" for w, v in (("a", 1), ("b", 3))))
-    assert common.read_glove(str(path), ["a", "A b"])[:, 0].tolist() == [1, 2]
-    with pytest.raises(InputError, match="no 300-d vector for: c"):
-        common.read_glove(str(path), ["a c"])
 
 
 # ----------------------------------------------------------------------------------------- metrics

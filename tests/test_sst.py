@@ -52,7 +52,7 @@ def test_eq1_pair_net_equals_layers_on_concatenation(rng):
     net = sst.PairNet(C, D, (4, 3)).double()
     f = double(rng, B, C, D)
     logits = net(f)
-    matrix = net.matrix(logits)
+    matrix = net.matrix(logits, C)
     k = 0
     for i in range(C):
         for j in range(i + 1, C):
@@ -210,7 +210,9 @@ def test_eq10_eq11_total_loss_of_a_step(rng, monkeypatch):
     """The logged loss is L_known + L_intra + L_cross + lambda_1 L_ist + lambda_2 L_cst."""
     args, data, net = tiny_run("--batch-size 8 --limit 16 --lambda-1 2 --lambda-2 0.5")
     y = common.hide_entries(data.train.y, 0.5, 0)
-    loader, _ = common.make_loaders(data, y, args, torch.device("cpu"))
+    views = [common.train_transform(args.size, args.crops)]
+    sampler = common.EpochSampler(np.arange(len(y)), args.batch_size, args.seed)
+    loader = common.make_loader(data.train.images, y, views, sampler, args)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     truth, prototype = torch.tensor(data.train.y), torch.zeros(16, args.width)
     log, _ = sst.train_one_epoch(net, loader, optimizer, prototype, truth, 14, args)
@@ -298,16 +300,26 @@ def test_torchvision_trunks_split_at_the_last_stage(arch):
     assert shape == (1, channels, 2, 2) and early(torch.zeros(1, 3, 64, 64)).shape[-1] == 4
 
 
+def test_glove_vectors_are_means_over_words(tmp_path):
+    path = tmp_path / "glove.txt"
+    path.write_text("\n".join(f"{w} {' '.join([str(v)] * 300)}" for w, v in (("a", 1), ("b", 3))))
+    assert sst.read_glove(str(path), ["a", "A b"])[:, 0].tolist() == [1, 2]
+    with pytest.raises(common.InputError, match="no 300-d vector for: c"):
+        sst.read_glove(str(path), ["a c"])
+
+
 # ------------------------------------------------------------------------------------------- traps
 
 
 def train(net, args, data, y, truth, epochs=(40, 41)):  # late: thresholds at their lowest
     torch.manual_seed(0)
-    loader, _ = common.make_loaders(data, y, args, torch.device("cpu"))
+    views = [common.train_transform(args.size, args.crops)]
+    sampler = common.EpochSampler(np.arange(len(y)), args.batch_size, args.seed)
+    loader = common.make_loader(data.train.images, y, views, sampler, args)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], args.lr)
     prototype, logs = torch.zeros(16, args.width), []
     for epoch in epochs:
-        loader.sampler.epoch = epoch
+        sampler.epoch = epoch
         log, prototype = sst.train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args)
         logs.append(log)
     return logs, net.state_dict() | {"prototype": prototype}
