@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import math
 import os
 import pickle
@@ -50,6 +51,7 @@ def refuse(message: str) -> None:
 
 def run_script(main: Callable[[], None]) -> None:
     """Call `main`; an InputError becomes one line on stderr and exit status 2."""
+    logging.disable(logging.WARNING)  # open_clip warns of each tower without weights
     try:
         main()
     except InputError as error:
@@ -222,6 +224,26 @@ def load_voc(root: Path, year: int, parts: tuple[str, str]) -> Data:
     return Data(VOC_CLASSES, *splits)
 
 
+def load_nuswide(root: Path) -> Data:
+    """NUS-WIDE: the concepts in the order of their label files, that is, of the alphabet."""
+    base, splits = root / "Groundtruth" / "TrainTestLabels", []
+    classes = sorted(path.name[7:-10] for path in base.glob("Labels_*_Train.txt"))
+    if not classes:
+        raise InputError(f"{base} holds no Labels_*_Train.txt; fetch NUS-WIDE's Groundtruth again")
+
+    def column(text: str) -> np.ndarray:
+        if len(values := np.array(text.split(), dtype=np.int8)) != len(ids):
+            raise ValueError(f"{len(values)} labels for {len(ids)} images")
+        return 2 * values - 1
+
+    for part in ("Train", "Test"):
+        lines = parse(root / "ImageList" / f"{part}Imagelist.txt", str.splitlines)
+        ids = [line.strip().replace("\\", "/") for line in lines if line.strip()]
+        columns = [parse(base / f"Labels_{name}_{part}.txt", column) for name in classes]
+        splits.append(Split([str(root / "Flickr" / i) for i in ids], np.stack(columns, 1), ids))
+    return Data(classes, *splits)
+
+
 # ----------------------------------------------------------------------------------- the toy world
 
 # A context: the colours of its sky and ground, its classes and the chance that a scene shows them.
@@ -359,7 +381,8 @@ def cached_weights(name: str, make: Callable[[], nn.Module]) -> str:
 
 def fit(net: nn.Module, loss: Callable, n: int, steps: int, lr: float) -> nn.Module:
     """Minimise loss(indices into n items, 64 a step) over the parameters of net; returns net."""
-    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
+    learned = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for _ in progress(range(steps), "pretraining for the toy world, once"):
         optimizer.zero_grad()
@@ -400,23 +423,31 @@ TOY_CAPTIONS = "a photo of a {}", "the region showing a {}", "a picture of a {}"
 def pretrained_toy_clip() -> nn.Module:
     """What OpenAI's CLIP is to real photographs: learns from captions of scenes in no data set.
 
-    A caption names one or two random objects of its scene.
+    A caption names one or two random objects of its scene; it is right for every scene of the batch
+    that shows them (the targets of UniCL, CVPR 2022), which learns faster than one right scene.
     """
     rng, size = np.random.default_rng(4), TOY_CLIP["vision_cfg"]["image_size"]
     scenes, y, _ = toy_scenes(4000, seed=3)
-    scenes, y = torch.tensor(scenes[(y == 1).any(1)]), y[(y == 1).any(1)]
+    scenes, y = torch.tensor(scenes[(y == 1).any(1)]), y[(y == 1).any(1)] == 1
     net = open_clip.create_model("RN50-quickgelu", **TOY_CLIP)
-    tokenize, loss = open_clip.SimpleTokenizer(context_length=16), open_clip.ClipLoss()
+    net.token_embedding.requires_grad_(False)  # 49,408 random words, of which captions use 30
+    tokenize = open_clip.SimpleTokenizer(context_length=TOY_CLIP["text_cfg"]["context_length"])
 
-    def step(index: Tensor) -> Tensor:
-        captions = []
-        for row in y[index]:
-            names = {TOY_CLASSES[c] for c in rng.choice(np.flatnonzero(row == 1), 2)}
-            captions.append(rng.choice(TOY_CAPTIONS).format(" and a ".join(sorted(names))))
+    def loss(index: Tensor) -> Tensor:
+        named, captions = np.zeros_like(y[index]), []
+        for shown, chosen in zip(y[index], named, strict=True):
+            candidates = rng.permutation(np.flatnonzero(shown))
+            chosen[candidates[: rng.integers(1, 3)]] = True
+            names = " and a ".join(TOY_CLASSES[c] for c in np.flatnonzero(chosen))
+            captions.append(rng.choice(TOY_CAPTIONS).format(names))
         images = v2.functional.resize(scenes[index].permute(0, 3, 1, 2), [size, size])
-        return loss(*net(normalise(images, *CLIP_MEAN_STD), tokenize(captions)))
+        image, text, scale = net(normalise(images, *CLIP_MEAN_STD), tokenize(captions))
+        right = torch.tensor((y[index][:, None] >= named).all(-1)).float()  # (scenes, captions)
+        logits = scale * image @ text.T
+        pairs = ((logits, right), (logits.T, right.T))
+        return sum(nn.functional.cross_entropy(x, r / r.sum(1, True)) for x, r in pairs) / 2
 
-    return fit(net, step, len(y), steps=500, lr=1e-3)
+    return fit(net, loss, len(y), steps=300, lr=1e-3)
 
 
 CLIP_MEAN_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
@@ -428,34 +459,44 @@ def load_clip(arch: str, weights: str, size: int) -> tuple[nn.Module, Callable]:
     arch "toy" or a name of open_clip; weights "default" (OpenAI's; the toy world's own), "none" or
     a path. The positional table is interpolated when size is not the tower's own.
     """
-    if arch == "toy":
-        name, config = "RN50-quickgelu", TOY_CLIP
-        if weights == "default":
-            weights = cached_weights("toy-clip", pretrained_toy_clip)
-    else:
-        name, config = arch, {}
+    name, config = (("RN50-quickgelu", TOY_CLIP) if arch == "toy" else (arch, {}))
+    spec = open_clip.get_model_config(name)
+    if spec is None or not isinstance(spec["vision_cfg"].get("layers"), list):
+        why = "is unknown" if spec is None else "has no spatial map before its pooling"
+        raise InputError(f"--arch {arch} {why}; choose RN50-quickgelu, RN101-quickgelu or toy")
+    if arch != "toy" and weights == "default" and not spec.get("quick_gelu"):
+        raise InputError(f"--arch {arch}: OpenAI's weights want another activation; add -quickgelu")
+    if size % 32:
+        raise InputError(f"--size {size} must be a multiple of 32, the stride of the tower")
+    if weights == "default":
+        weights = cached_weights("toy-clip", pretrained_toy_clip) if arch == "toy" else "openai"
     try:
-        pretrained = {"default": "openai", "none": None}.get(weights, weights)
-        net = open_clip.create_model(name, pretrained=pretrained, **config)
+        net = open_clip.create_model(name, None if weights == "none" else weights, **config)
     except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
         why = " ".join(str(error).split())[:200]
         raise InputError(f"--arch {arch} --weights {weights}: {why}") from None
-    if not hasattr(net.visual, "attnpool"):
-        raise InputError(f"--arch {arch} has no spatial map before its pooling; try RN50-quickgelu")
     pool = net.visual.attnpool
-    if size % 32:
-        raise InputError(f"--size {size} must be a multiple of 32")
     mean, grid = pool.positional_embedding.detach().split((1, len(pool.positional_embedding) - 1))
     grid = grid.unflatten(0, (math.isqrt(len(grid)), -1)).permute(2, 0, 1)[None]  # (1, D, h, w)
     grid = nn.functional.interpolate(grid, (size // 32, size // 32), mode="bicubic")
     pool.positional_embedding = nn.Parameter(torch.cat((mean, grid.flatten(2)[0].T)))
-    return net, open_clip.get_tokenizer(name, context_length=net.context_length)
+    return net.eval(), open_clip.get_tokenizer(name, context_length=net.context_length)
+
+
+@torch.no_grad()
+def encode_prompts(clip: nn.Module, tokenize: Callable, prompt: str, names: list[str]) -> Tensor:
+    """Unit text features (len(names), D) of the prompt with each name in the place of {}."""
+    if not all(name.strip() for name in names):
+        raise InputError(f"class {[*map(str.strip, names)].index('')} has no name for CLIP to read")
+    texts = [prompt.format(name.replace("_", " ")) for name in names]
+    return clip.encode_text(tokenize(texts), normalize=True)
 
 
 VOC_TREE = "VOCdevkit/VOC{}/{{Annotations,ImageSets/Main,JPEGImages}}"
 DATASETS = {  # name: (the tree expected under --root, loader)
     "toy": ("", load_toy),
     "coco": ("annotations/instances_{train,val}2014.json, train2014/, val2014/", load_coco),
+    "nuswide": ("ImageList/, Groundtruth/TrainTestLabels/, Flickr/*/*.jpg", load_nuswide),
     "voc2007": (VOC_TREE.format(2007), lambda root: load_voc(root, 2007, ("trainval", "test"))),
 }
 
@@ -721,10 +762,16 @@ class RunLog:
             self.out.mkdir(parents=True, exist_ok=True)
             path, lines = self.out / "log.jsonl", [json.dumps({"run": line})]
             if args.resume and path.exists():
-                lines = path.read_text().splitlines()[:start]
+                first, *rest = path.read_text().splitlines()
+                lines = [first, *(line for line in rest if json.loads(line)["epoch"] < start)]
             path.write_text("".join(f"{line}\n" for line in lines))
         except OSError as error:
             raise InputError(f"--out {self.out}: {error.strerror}") from None
+
+    def write(self, entry: dict) -> None:
+        if not self.args.dry_run:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
 
     def epoch(self, entry: dict, begin: float, speed: float) -> None:
         """Log an epoch that began at time `begin` and trained `speed` images a second."""
@@ -732,10 +779,7 @@ class RunLog:
         if torch.cuda.is_initialized():
             peak = torch.cuda.max_memory_allocated()
         entry |= dict(seconds=time.time() - begin, images_per_second=speed)
-        entry |= dict(peak_memory_gb=peak / 2**30)
-        if not self.args.dry_run:
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(entry) + "\n")
+        self.write(entry | dict(peak_memory_gb=peak / 2**30))
         line = "epoch {epoch:3d}  loss {loss:.4f}  mAP {mAP:.2f}  mAP-interp {mAP_interp:.2f}"
         line += "  OF1 {OF1:.1f}  CF1 {CF1:.1f}  {seconds:.1f} s  {images_per_second:.0f} images/s"
         if entry["pseudo_per_image"]:

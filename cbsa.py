@@ -1,0 +1,476 @@
+# SPDX-License-Identifier: MIT
+"""Context-Based Semantic-Aware Alignment (CBSA): few images fully labelled, the rest not at all.
+
+Fan, Xie, Xiao, Huang: Context-Based Semantic-Aware Alignment for Semi-Supervised Multi-Label
+Learning, AAAI 2025. CLIP's text embedding of each class looks for its own place in the image and
+pools a feature there, so that one text is aligned with one region instead of many texts with one
+whole image. A second task names the contexts of an image: groups of classes that occur together.
+A moving average of the network labels the other images, as often per class as the labelled ones
+show it.
+
+Only the abstract and the captions of the figures are public to us. From them: label-specific image
+features by CLIP's text encoder, their one-to-one alignment, contexts by spectral clustering of the
+label correlations, learned on labelled and unlabelled images, class-wise thresholds. Each formula
+below is marked *abstract* where that is all of it, and *our reading* where we filled it in.
+
+Run:  python cbsa.py                                               toy world, 5 % of the images
+      python cbsa.py --no-unlabelled                               the baseline, supervised only
+      python cbsa.py --data coco --root DIR --known 0.05           OpenAI's CLIP, fetched once
+      python tests/ablations.py cbsa                               the table of the README
+
+Measured: see README.md, "Results".
+
+Differs from the paper, as far as can be known:
+ 1. "Where" and "what" have a prompt each (--one-prompt for one): the region showing a {class}
+    attends, a photo of a {class} names.
+ 2. The local features are CLIP's value path, which its own attention pool averages.
+ 3. Pseudo-labels are made once an epoch, over all unlabelled images: the counts are then exact.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections import defaultdict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from sklearn.cluster import SpectralClustering
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms import v2
+
+import common
+from common import InputError
+
+RECIPES = {
+    "real": dict(
+        arch="RN101-quickgelu", size=224, epochs=20, warm_up=2, batch_size=64, lr=1e-5,
+        head_lr=1e-3, ema=0.999, crops=(448, 384, 320), workers=4,
+    ),
+    "toy": dict(
+        arch="toy", size=96, epochs=8, warm_up=2, batch_size=64, lr=3e-4, head_lr=1e-2,
+        ema=0.98, crops=(512, 448), workers=0,
+    ),
+}  # fmt: skip
+CONTEXTS = {"toy": 4, "voc2007": 4, "voc2012": 4, "coco": 10, "nuswide": 10}
+# the model hangs on these: --eval and --predict take them from the checkpoint
+MODEL_ARGS = "arch size whole_image one_prompt no_context contexts tau".split()
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.error = common.refuse
+    add = parser.add_argument_group("task").add_argument
+    add("--data", default="toy", help=f"one of {', '.join(common.DATASETS)}")
+    add("--root", help="folder of the data set")
+    add("--known", type=float, default=0.05, help="proportion of IMAGES kept labelled, in (0, 1]")
+    add("--mask-seed", type=int, default=1, help="which images are labelled; 1 is the benchmark's")
+    add("--limit", type=int, help="use the first LIMIT images of each split")
+    add("--eval", action="store_true", help="only evaluate the checkpoint of --resume PATH")
+    add("--predict", nargs="+", metavar="IMAGE", help="only predict these, with --resume PATH")
+    add = parser.add_argument_group("method").add_argument
+    add("--arch", help="toy, or a CLIP of open_clip with a ResNet tower")
+    add("--weights", default="default", help="default (OpenAI's), none, or a file for open_clip")
+    add("--train-trunk", choices=("last", "all"), default="last", help="stages trained")
+    add("--size", type=int, help="side of the square input in pixels, a multiple of 32")
+    add("--whole-image", action="store_true", help="one feature for all labels: CLIP's own")
+    add("--one-prompt", action="store_true", help="a photo of a {class} also attends")
+    add("--no-context", action="store_true", help="no context identification")
+    add("--global-threshold", action="store_true", help="one threshold for all classes")
+    add("--no-unlabelled", action="store_true", help="supervised only: the labelled images")
+    add("--contexts", type=int, help="G, number of contexts; 0 for the eigengap's")
+    add("--tau", type=float, default=0.05, help="tau_a, temperature of the attention")
+    add("--lambda-u", type=float, default=1.0, help="weight of the unlabelled images")
+    add("--lambda-c", type=float, default=0.5, help="weight of the context loss")
+    add("--ema", type=float, help="decay of the teacher, a step")
+    add("--warm-up", type=int, help="first epochs, on labelled images only")
+    add = parser.add_argument_group("run").add_argument
+    add("--epochs", type=int)
+    add("--stop-after", type=int, metavar="E", help="end this run after epoch E of its schedule")
+    add("--batch-size", type=int, help="half of it labelled")
+    add("--lr", type=float, help="highest rate of the image tower")
+    add("--head-lr", type=float, help="highest rate of scale, biases and context head")
+    add("--workers", type=int, help="processes that decode images")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--precision", choices=("fp32", "bf16"), default="fp32")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--seed", type=int, default=0, help="initial weights, order and augmentation")
+    add("--out", help="for log.jsonl, last.pt, samples.png; default runs/cbsa-DATA-N")
+    add("--resume", metavar="{auto,PATH}", help="continue OUT/last.pt if it is there, or PATH")
+    add("--dry-run", action="store_true", help="a few steps on a few images, nothing written")
+    data = parser.parse_known_args(argv)[0].data
+    parser.set_defaults(**RECIPES["toy" if data == "toy" else "real"])
+    parser.set_defaults(contexts=CONTEXTS.get(data, 0))
+    return common.check_args(parser.parse_args(argv))
+
+
+# ------------------------------------------------------------------------------------------- model
+
+
+def local_features(pool: nn.Module, x: Tensor) -> Tensor:
+    """CLIP's attention pool without its attention: map x (B, D_in, h, w) -> (B, N, D).
+
+    The value of every position by itself; CLIP's image feature is an average of these (over
+    positions and their mean, weighted by head). Our reading.
+    """
+    x = x.flatten(2).transpose(1, 2) + pool.positional_embedding[1:]  # (B, N, D_in)
+    # l_i = W_c (W_v (x_i + e_i) + b_v) + b_c
+    return pool.c_proj(pool.v_proj(x))  # (B, N, D)
+
+
+def label_features(u: Tensor, where: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """Label-specific features (abstract), by attention (our reading).
+
+    Args: u (B, N, D) and where (C, D), unit vectors; temperature tau > 0: towards 0 the best
+    position alone counts, towards infinity all alike. Returns h (B, C, D), unit, and a (B, C, N).
+    """
+    # a_ki = softmax_i(<g_k, u_i> / tau)
+    a = (where @ u.transpose(1, 2) / tau).softmax(dim=-1)  # (B, C, N)
+    # h_k = sum_i a_ki u_i, renormalised
+    return F.normalize(a @ u, dim=-1), a
+
+
+class CBSA(nn.Module):
+    """images (B, 3, H, W) uint8 -> logits (B, C), context logits (B, G), attention (B, C, N).
+
+    Of CLIP it keeps the image tower; the text tower is used once, here. All in float32.
+    """
+
+    def __init__(self, args: argparse.Namespace, classes: list[str], num_contexts: int) -> None:
+        super().__init__()
+        clip, tokenize = common.load_clip(args.arch, args.weights, args.size)
+        what = common.encode_prompts(clip, tokenize, "a photo of a {}", classes)  # (C, D)
+        where = common.encode_prompts(clip, tokenize, "the region showing a {}", classes)
+        self.register_buffer("what", what)
+        self.register_buffer("where", what if args.one_prompt else where)
+        self.visual, self.scale = clip.visual, nn.Parameter(clip.logit_scale.detach().exp())
+        self.bias = nn.Parameter(torch.zeros(len(classes)))
+        self.context = nn.Linear(clip.visual.output_dim, num_contexts)
+        self.tau, self.whole, self.bf16 = args.tau, args.whole_image, args.precision == "bf16"
+        self.train_all = args.train_trunk == "all"
+        if not self.train_all:
+            self.visual.requires_grad_(False)
+            self.visual.layer4.requires_grad_(True)
+            self.visual.attnpool.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> CBSA:
+        super().train(mode)
+        self.visual.eval()  # few labelled images: CLIP's batch statistics stay
+        return self
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        v = self.visual
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            with torch.set_grad_enabled(self.train_all and torch.is_grad_enabled()):
+                x = v.stem(common.normalise(images, *common.CLIP_MEAN_STD))
+                x = v.layer3(v.layer2(v.layer1(x)))
+            x = v.layer4(x)  # (B, D_in, h, w)
+            u, whole = local_features(v.attnpool, x), v.attnpool(x)  # (B, N, D), (B, D)
+        whole = F.normalize(whole.float(), dim=-1)
+        h, attention = label_features(F.normalize(u.float(), dim=-1), self.where, self.tau)
+        if self.whole:
+            h = whole[:, None]  # (B, 1, D)
+        # p_k = sigma(s <h_k, t_k> + b_k)
+        logits = self.scale * (h * self.what).sum(-1) + self.bias  # (B, C)
+        return logits, self.context(whole), attention
+
+
+# ------------------------------------------------------------------------------------------ losses
+
+
+def asymmetric_loss(
+    logits: Tensor, y: Tensor, gamma_neg: float = 4, gamma_pos: float = 0, margin: float = 0.05
+) -> Tensor:
+    """Asymmetric loss (Ridnik et al., ICCV 2021): mean over the known entries, 0 without any.
+
+    Args: logits (B, C), y (B, C) in {1, 0, -1}. The focus weights carry no gradient.
+    """
+    p = torch.sigmoid(logits)
+    p_m = (p - margin).clamp(min=0)
+    # (1 - p)^gamma_pos log p where present, p_m^gamma_neg log(1 - p_m) where absent
+    log_absent = F.logsigmoid(-logits) if margin == 0 else torch.log1p(-p_m)
+    positive = (1 - p.detach()) ** gamma_pos * F.logsigmoid(logits)
+    negative = p_m.detach() ** gamma_neg * log_absent
+    total = (positive * (y == 1) + negative * (y == -1)).sum()
+    return -total / (y != 0).sum().clamp(min=1)
+
+
+# ----------------------------------------------------------------------------------- pseudo-labels
+
+
+def class_prior(y: Tensor) -> Tensor:
+    """How often each class shows in labelled images, (C,): (sum y + 1/2) / (n + 1). Our reading."""
+    return ((y == 1).sum(0) + 0.5) / ((y != 0).sum(0) + 1)
+
+
+def find_contexts(y: np.ndarray, number: int, smooth: float = 1.0, epsilon: float = 1e-3):
+    """Contexts (abstract, Figure 5): spectral clusters of the labels' correlation, (C,) int.
+
+    Args: y (images, C), labelled images only; number of contexts, 0 for the largest eigengap.
+    P(j|i) = (n_ij + smooth P(j)) / (n_i + smooth) is made symmetric, its diagonal 0; epsilon off
+    the diagonal keeps a label that never co-occurs from being a context by itself. Our reading.
+    """
+    present, C = (y == 1).astype(float), y.shape[1]
+    count = present.sum(0)
+    p = present.T @ present + smooth * present.mean(0)
+    p /= count[:, None] + smooth
+    affinity = (p + p.T) / 2 + epsilon
+    np.fill_diagonal(affinity, 0)
+    if number == 0:
+        degree = affinity.sum(0) ** -0.5
+        values = np.linalg.eigvalsh(np.eye(C) - degree[:, None] * affinity * degree)
+        number = 2 + int(np.argmax(np.diff(values[1 : C // 2 + 2])))
+    if not 2 <= number <= C:
+        raise InputError(f"--contexts {number} must be from 2 to {C}, the number of classes")
+    clusters = SpectralClustering(number, affinity="precomputed", random_state=0)
+    return clusters.fit_predict(affinity)
+
+
+def context_labels(y: Tensor, member: Tensor) -> Tensor:
+    """OR over the classes of a context: y (B, C) in {1, 0, -1}, member (C, G) 0/1 -> (B, G) int8.
+
+    +1 if any class is present, -1 if all are known absent, else 0.
+    """
+    some = ((y == 1).float() @ member) > 0
+    none = ((y == -1).float() @ member) == member.sum(0)
+    return some.to(torch.int8) - none.to(torch.int8)
+
+
+@torch.no_grad()
+def pseudo_labels(score: Tensor, y: Tensor, one_threshold: bool = False) -> Tensor:
+    """Class-wise thresholds (abstract), class-distribution-aware (our reading): (m, C) in {1, -1}.
+
+    Args: score (m, C) of the unlabelled images; y (n, C) of the labelled ones. Of every class the
+    round(prior m) highest scores are positive, ties by order; a class not seen in y gets none.
+    `one_threshold`: as many positives in total, by one threshold for all classes.
+    """
+    number = (class_prior(y) * len(score)).round().long() * (y == 1).any(0)  # (C,)
+    if one_threshold:
+        score, number, shape = score.reshape(-1, 1), number.sum()[None], score.shape
+    else:
+        shape = score.shape
+    order = score.argsort(dim=0, descending=True, stable=True)
+    positive = order.argsort(dim=0) < number  # the rank of every score
+    return torch.where(positive, 1, -1).to(torch.int8).view(shape)
+
+
+class MixedSampler(common.EpochSampler):
+    """Batches of keys, half labelled and half not: an epoch is one pass over the larger part.
+
+    The smaller part comes again and again, in another order each time. Without the other part, as
+    in the warm-up, batches hold half as many images.
+    """
+
+    def __init__(self, labelled: np.ndarray, other: np.ndarray, batch_size: int, seed: int) -> None:
+        super().__init__(max(labelled, other, key=len), max(1, batch_size // 2), seed)
+        self.parts, self.only_labelled = [labelled, other], False
+
+    def __iter__(self):
+        generators, size = np.random.default_rng((self.seed, self.epoch)).spawn(2), self.batch_size
+        parts = []
+        for generator, part in zip(generators, self.parts, strict=True):
+            rounds = math.ceil(len(self) * size / len(part)) if len(part) else 0
+            orders = [generator.permutation(part) for _ in range(rounds)]
+            parts.append(np.concatenate([[], *orders]).astype(int))
+        for k in range(len(self)):
+            batch = [part[k * size : (k + 1) * size] for part in parts[: 2 - self.only_labelled]]
+            yield [(self.epoch, i) for i in np.concatenate(batch).tolist()]
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def train_one_epoch(net, teacher, loader, optimizer, scheduler, targets, args, epoch) -> dict:
+    """One pass of the student over strong views; the teacher follows. Returns log entries.
+
+    targets: labels and pseudo-labels of classes (n, C) and contexts (n, G), and which images (n,)
+    are labelled.
+    """
+    net.train()
+    total, device = defaultdict(float), net.bias.device
+    classes, contexts, labelled = (t.to(device) for t in targets)
+    for images, _, index in common.progress(loader, f"epoch {epoch}"):
+        index = index.to(device, non_blocking=True)
+        logits, context_logits, _ = net(images.to(device, non_blocking=True))
+        y, g, known = classes[index], contexts[index], labelled[index, None]
+        parts = dict(
+            loss_labelled=asymmetric_loss(logits, y * known),
+            loss_unlabelled=asymmetric_loss(logits, y * ~known),
+            loss_context=asymmetric_loss(context_logits, g * known),
+            loss_context_unlabelled=asymmetric_loss(context_logits, g * ~known),
+        )
+        # L = L_lab + lambda_u L_unl + lambda_c (L_ctx_lab + lambda_u L_ctx_unl)
+        loss = parts["loss_labelled"] + args.lambda_u * parts["loss_unlabelled"]
+        if not args.no_context:
+            context = parts["loss_context"] + args.lambda_u * parts["loss_context_unlabelled"]
+            loss = loss + args.lambda_c * context
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        teacher.update_parameters(net)
+        for name, value in (dict(loss=loss) | parts).items():
+            total[name] += value.detach() / len(loader)  # no .item() here: the step never waits
+    entry = {name: value.item() for name, value in total.items()}
+    if bad := [name for name, value in entry.items() if not math.isfinite(value)]:
+        raise InputError(f"epoch {epoch}: {bad[-1]} is not finite; a lower --lr may help")
+    return entry
+
+
+@torch.no_grad()
+def scores(net, loader, rows: int) -> tuple[Tensor, Tensor]:
+    """Logits (rows, C) and context logits (rows, G), at the indices that the loader brings."""
+    net.eval()
+    found = []
+    for images, _, index in common.progress(loader, "scores"):
+        found.append((index, *(v.cpu() for v in net(images.to(net_device(net)))[:2])))
+    index, *values = (torch.cat(v) for v in zip(*found, strict=True))
+    assert len(index) == len(index.unique()), "the loader must bring every image exactly once"
+    return tuple(v.new_zeros(rows, v.shape[1]).index_copy(0, index, v) for v in values)
+
+
+def net_device(net: nn.Module) -> torch.device:
+    return next(net.parameters()).device
+
+
+def evaluate(net, loader, y: np.ndarray) -> tuple[dict, np.ndarray]:
+    """Metrics and logits (images, C), rows as in the data set."""
+    logits = scores(net, loader, len(y))[0].numpy()
+    return common.multilabel_metrics(logits, y), logits
+
+
+@torch.no_grad()
+def draw_attention(net, data: common.Data, size: int, path: str) -> None:
+    """A picture: test images, and beside each where its most probable labels look."""
+    side, shown = 144, 5
+    sheet = Image.new("RGB", ((shown + 1) * side, 6 * (side + 16)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, item in enumerate(data.test.images[:6]):
+        image = common.open_image(item)
+        x = common.test_transform(size)(image)[None].to(net_device(net))
+        logits, _, attention = net.eval()(x)
+        y, grid = row * (side + 16), math.isqrt(attention.shape[-1])
+        picture = image.resize((side, side))
+        sheet.paste(picture, (0, y))
+        for k, c in enumerate(logits[0].argsort(descending=True)[:shown].tolist(), start=1):
+            a = attention[0, c].view(grid, grid).cpu().numpy()
+            light = Image.fromarray(np.uint8(255 * a / a.max())).resize((side, side), 2)
+            sheet.paste(picture, (k * side, y), light)
+            colour = "green" if data.test.y[row, c] == 1 else "red"
+            text = f"{data.classes[c]} {torch.sigmoid(logits[0, c]):.2f}"
+            draw.text((k * side, y + side), text, colour)
+    sheet.save(path)
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    args = parse_args()
+    device = common.pick_device(args.device)
+    torch.manual_seed(args.seed)
+    state = common.load_checkpoint(args, "cbsa", MODEL_ARGS)
+    if args.predict:
+        net = CBSA(args, state["classes"], len(state["teacher"]["context.bias"])).to(device)
+        net.load_state_dict(state["teacher"])
+        return common.predict(lambda x: net.eval()(x)[0], args, state["classes"], device)
+
+    data = common.load_data(args.data, args.root, args.limit)
+    y = common.hide_images(data.train.y, args.known, args.mask_seed)
+    run = dict(method="cbsa", data=args.data, classes=data.classes, mask=common.mask_hash(y))
+    labelled = (y != 0).any(1)
+    if not labelled.any():
+        raise InputError(f"--known {args.known} of {len(y)} images leaves none labelled")
+    cluster = find_contexts(y[labelled], args.contexts)
+    member = F.one_hot(torch.tensor(cluster).long()).float()  # (C, G)
+    net = CBSA(args, data.classes, member.shape[1])
+    net.to(device, memory_format=torch.channels_last)
+    test_loader = common.test_loader(data, args)
+    teacher = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+    if state:
+        common.check_same_run(state, run, args)
+        net.load_state_dict(state["model"])
+        teacher.module.load_state_dict(state["teacher"])
+    if args.eval:
+        metrics, _ = evaluate(teacher.module, test_loader, data.test.y)
+        print(common.metrics_table({"test": metrics}))
+        return print(common.class_table(data.classes, metrics["ap"], data.test.y))
+
+    weak = [common.train_transform(args.size, args.crops)]
+    strong = [v2.Compose([v2.RandAugment(2, 9), *weak, v2.RandomErasing(0.5)])]
+    rows = [np.flatnonzero(labelled), np.flatnonzero(~labelled)]
+    sampler = MixedSampler(*rows, args.batch_size, args.seed)
+    loader = common.make_loader(data.train.images, y, strong, sampler, args)
+    weak_sampler = common.EpochSampler(np.arange(len(y)), args.batch_size)
+    weak_loader = common.make_loader(data.train.images, y, weak, weak_sampler, args)
+    tower = [p for p in net.visual.parameters() if p.requires_grad]
+    head = [net.scale, net.bias, *net.context.parameters()]
+    groups = [dict(params=tower, lr=args.lr), dict(params=head, lr=args.head_lr)]
+    optimizer = torch.optim.AdamW(groups)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [args.lr, args.head_lr], total_steps=args.epochs * len(loader)
+    )
+    start, best, metrics = 1, None, None
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        teacher.n_averaged.fill_(state["averaged"])
+        start, best, metrics = state["epoch"] + 1, state["best"], state["metrics"]
+        common.set_generators(state["generators"])
+    log = common.RunLog(args, run, y, start)
+    for k in range(member.shape[1]):
+        print(f"context {k}:", ", ".join(data.classes[c] for c in np.flatnonzero(cluster == k)))
+    truth, known = torch.tensor(data.train.y), torch.tensor(y)
+    lab, unl = (torch.tensor(part) for part in rows)
+    if not state:
+        # CLIP's cosines are all positive: the mean of a class's logits becomes its prior's
+        logits = scores(net, weak_loader, len(y))[0]
+        net.bias.data = (class_prior(known[lab]).logit() - logits.mean(0)).to(device)
+        zero_shot = {}
+        for net.whole in (True, False, args.whole_image):
+            zero_shot[net.whole] = evaluate(net, test_loader, data.test.y)[0]["mAP"]
+        text = "zero-shot mAP: whole image {:.2f}, label-specific {:.2f}"
+        print(text.format(zero_shot[True], zero_shot[False]), flush=True)
+        log.write(dict(epoch=0, mAP=zero_shot[False], mAP_whole_image=zero_shot[True]))
+    if args.compile:
+        net.compile()
+    for epoch in range(start, args.epochs + 1):
+        sampler.epoch = weak_sampler.epoch = epoch
+        begin, entry = time.time(), dict(epoch=epoch, lr=scheduler.get_last_lr()[0])
+        sampler.only_labelled = args.no_unlabelled or epoch <= args.warm_up or not len(unl)
+        classes, contexts = known.clone(), context_labels(known, member)
+        if not sampler.only_labelled:
+            logits, context_logits = scores(teacher.module, weak_loader, len(y))
+            g = contexts[lab]
+            classes[unl] = pseudo_labels(logits[unl], known[lab], args.global_threshold)
+            contexts[unl] = pseudo_labels(context_logits[unl], g, args.global_threshold)
+        counts = common.pseudo_counts(classes[unl], known[unl], truth[unl])
+        targets = classes, contexts, torch.tensor(labelled)
+        parts = train_one_epoch(net, teacher, loader, optimizer, scheduler, targets, args, epoch)
+        speed = len(loader) * args.batch_size / (time.time() - begin)
+        metrics, logits = evaluate(teacher.module, test_loader, data.test.y)
+        del metrics["ap"]
+        best = max(best or metrics, metrics, key=lambda m: m["mAP"])
+        quality = common.pseudo_quality(dict(pseudo=counts))
+        log.epoch(entry | parts | metrics | quality, begin, speed)
+        state = dict(model=net.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch)
+        state |= dict(scheduler=scheduler.state_dict(), teacher=teacher.module.state_dict())
+        state |= dict(averaged=int(teacher.n_averaged), metrics=metrics, best=best)
+        log.checkpoint(state)
+        if epoch == args.stop_after:
+            return print(f"stopped after epoch {epoch}; --out {log.out} --resume auto continues")
+    columns = {"last epoch": metrics, "best on test (what most papers report)": best}
+    print(common.metrics_table(columns))
+    if not args.dry_run:
+        draw_attention(teacher.module, data, args.size, log.out / "samples.png")
+        print(f"where the labels look: {log.out / 'samples.png'}")
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: MIT
+"""CBSA: attention, contexts, thresholds and losses against loops; teacher and student."""
+
+import math
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import adjusted_rand_score
+
+import cbsa
+import common
+from common import InputError
+
+B, C, D, N = 4, 5, 8, 9
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+def double(rng, *shape):
+    return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+
+def unit(rng, *shape):
+    return F.normalize(double(rng, *shape), dim=-1)
+
+
+def random_labels(rng, rows, classes=C):
+    return torch.randint(-1, 2, (rows, classes), generator=rng).to(torch.int8)
+
+
+# ------------------------------------------------------------------------------------------- model
+
+
+def test_label_features_against_loops(rng):
+    u, where = unit(rng, B, N, D), unit(rng, C, D)
+    h, a = cbsa.label_features(u, where, 0.1)
+    torch.testing.assert_close(a.sum(-1), torch.ones(B, C, dtype=torch.float64))
+    for n in range(B):
+        for k in range(C):
+            weight = [math.exp(where[k] @ u[n, i] / 0.1) for i in range(N)]
+            pooled = sum(w / sum(weight) * u[n, i] for i, w in enumerate(weight))
+            torch.testing.assert_close(h[n, k], pooled / pooled.norm())
+
+
+def test_temperature_limits_are_mean_and_best_position(rng):
+    u, where = unit(rng, B, N, D), unit(rng, C, D)
+    mean = F.normalize(u.mean(1), dim=-1)[:, None].expand(B, C, D)
+    torch.testing.assert_close(cbsa.label_features(u, where, 1e9)[0], mean)
+    best = (where @ u.transpose(1, 2)).argmax(-1)  # (B, C)
+    for n in range(B):
+        torch.testing.assert_close(cbsa.label_features(u, where, 1e-6)[0][n], u[n, best[n]])
+
+
+def test_local_features_are_what_clips_attention_pool_averages(rng):
+    """With one query for all heads, its output is the attention-weighted sum of l_i."""
+    pool, heads, width = open_clip.modified_resnet.AttentionPool2d(3, 16, 4, 8).double(), 4, 4
+    for weight in pool.parameters():
+        torch.nn.init.normal_(weight, generator=rng)
+    for proj in (pool.q_proj, pool.k_proj):  # every head the same
+        proj.weight.data = proj.weight.data[:width].repeat(heads, 1)
+        proj.bias.data = proj.bias.data[:width].repeat(heads)
+    x = double(rng, B, 16, 3, 3)
+    tokens = x.flatten(2).transpose(1, 2)  # (B, N, 16)
+    mean = tokens.mean(1) + pool.positional_embedding[0]
+    key = pool.k_proj(torch.cat((mean[:, None], tokens + pool.positional_embedding[1:]), 1))
+    scores = (key[..., :width] @ pool.q_proj(mean)[:, :width, None])[..., 0] / math.sqrt(width)
+    a = scores.softmax(-1)
+    whole = a[:, :1] * pool.c_proj(pool.v_proj(mean))
+    whole = whole + (a[:, 1:, None] * cbsa.local_features(pool, x)).sum(1)
+    torch.testing.assert_close(whole, pool(x))
+
+
+def small_net(flags="", contexts=4, weights="none"):
+    torch.manual_seed(0)
+    args = cbsa.parse_args(f"--weights {weights} {flags}".split())
+    return args, cbsa.CBSA(args, common.TOY_CLASSES, contexts).eval()
+
+
+def random_images(rng, size=96, n=2):
+    return torch.randint(256, (n, 3, size, size), generator=rng, dtype=torch.uint8)
+
+
+def test_logits_against_their_formula(rng):
+    args, net = small_net()
+    images = random_images(rng)
+    logits, contexts, attention = net(images)
+    assert logits.shape == (2, 16) and contexts.shape == (2, 4) and attention.shape == (2, 16, 9)
+    v = net.visual
+    x = v.layer4(v.layer3(v.layer2(v.layer1(v.stem(
+        common.normalise(images, *common.CLIP_MEAN_STD)
+    )))))  # fmt: skip
+    u = F.normalize(cbsa.local_features(v.attnpool, x), dim=-1)
+    for n in range(2):
+        for k in range(16):
+            h = F.normalize((attention[n, k, :, None] * u[n]).sum(0), dim=0)
+            p = torch.sigmoid(net.scale * (h @ net.what[k]) + net.bias[k])
+            torch.testing.assert_close(torch.sigmoid(logits[n, k]), p)
+
+
+def test_whole_image_scores_are_clips_own(rng):
+    _, net = small_net("--whole-image")
+    images = random_images(rng)
+    clip = F.normalize(net.visual(common.normalise(images, *common.CLIP_MEAN_STD)), dim=-1)
+    torch.testing.assert_close(net(images)[0], net.scale * clip @ net.what.T)
+
+
+def test_one_prompt_attends_with_the_naming_prompt():
+    one, two = small_net("--one-prompt")[1], small_net()[1]
+    assert torch.equal(one.where, one.what) and not torch.equal(two.where, two.what)
+
+
+@pytest.mark.parametrize(
+    ("arch", "size"), [("RN50-quickgelu", 224), ("RN50-quickgelu", 448), ("RN101-quickgelu", 224)]
+)
+def test_real_towers_with_random_weights(arch, size, rng):
+    _, net = small_net(f"--arch {arch} --size {size}")
+    with torch.no_grad():
+        logits, _, attention = net(random_images(rng, size, 1))
+    assert logits.isfinite().all() and attention.shape == (1, 16, (size // 32) ** 2)
+
+
+def test_positions_are_interpolated_to_other_sizes():
+    small, large = (small_net(f"--size {size}")[1].visual.attnpool for size in (96, 192))
+    a, b = small.positional_embedding, large.positional_embedding
+    assert a.shape == (10, 512) and b.shape == (37, 512) and torch.equal(a[0], b[0])
+    grid = a[1:].T.reshape(1, 512, 3, 3)
+    expected = F.interpolate(grid, (6, 6), mode="bicubic")[0].flatten(1).T
+    torch.testing.assert_close(b[1:], expected)
+
+
+def test_weights_of_openais_layout_are_loaded_from_a_file(tmp_path):
+    torch.manual_seed(1)
+    clip = open_clip.create_model("RN50-quickgelu", **common.TOY_CLIP)
+    torch.save(clip.state_dict(), tmp_path / "clip.pth")
+    _, net = small_net(weights=tmp_path / "clip.pth")
+    assert torch.equal(net.visual.layer1[0].conv1.weight, clip.visual.layer1[0].conv1.weight)
+    text = open_clip.SimpleTokenizer(context_length=16)(["a photo of a boat"])
+    k = common.TOY_CLASSES.index("boat")
+    torch.testing.assert_close(net.what[k], clip.eval().encode_text(text, normalize=True)[0])
+
+
+def test_only_last_stage_and_pool_learn_and_batch_statistics_stay(rng):
+    _, net = small_net()
+    learned = {name.split(".")[0] for name, p in net.visual.named_parameters() if p.requires_grad}
+    assert learned == {"layer4", "attnpool"}
+    before = {k: v.clone() for k, v in net.state_dict().items() if "running" in k}
+    net.train()(random_images(rng))
+    assert before and all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+
+
+# ------------------------------------------------------------------------------------------ losses
+
+
+@pytest.mark.parametrize("gammas", [(4, 0, 0.05), (2, 1, 0.2), (0, 0, 0)])
+def test_asymmetric_loss_against_a_loop(rng, gammas):
+    gamma_neg, gamma_pos, margin = gammas
+    x, y = 3 * double(rng, 6, C), random_labels(rng, 6)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    loss, terms = cbsa.asymmetric_loss(ours, y, *gammas), []
+    for n in range(6):
+        for c in range(C):
+            p = 1 / (1 + torch.exp(-theirs[n, c]))
+            if y[n, c] == 1:
+                terms.append(-((1 - p.item()) ** gamma_pos) * torch.log(p))
+            elif y[n, c] == -1:
+                p_m = torch.maximum(p - margin, torch.zeros_like(p))
+                terms.append(-(p_m.item() ** gamma_neg) * torch.log(1 - p_m))
+    expected = sum(terms) / len(terms)
+    torch.testing.assert_close(loss, expected)
+    for value in (loss, expected):
+        value.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_asymmetric_loss_without_focus_and_margin_is_bce(rng):
+    x, y = double(rng, 6, C), 2 * torch.randint(2, (6, C), generator=rng) - 1
+    expected = F.binary_cross_entropy_with_logits(x, (y == 1).double())
+    torch.testing.assert_close(cbsa.asymmetric_loss(x, y, 0, 0, 0), expected)
+
+
+def test_asymmetric_loss_leaves_grad_mode_alone_and_stays_finite():
+    with torch.no_grad():
+        cbsa.asymmetric_loss(torch.zeros(1, 2), torch.tensor([[1, -1]]))
+        assert not torch.is_grad_enabled()
+    for value in (-1e4, 1e4):
+        x = torch.full((1, 3), value, requires_grad=True)
+        loss = cbsa.asymmetric_loss(x, torch.tensor([[1, -1, 0]]))
+        loss.backward()
+        assert loss.isfinite() and x.grad.isfinite().all()
+    assert cbsa.asymmetric_loss(torch.ones(2, 3), torch.zeros(2, 3)) == 0
+
+
+# ---------------------------------------------------------------------------------------- contexts
+
+
+def planted(n=400, groups=3, size=4, seed=0):
+    """Labels of one group at a time, and two classes that never meet another."""
+    g = np.random.default_rng(seed)
+    y = -np.ones((n, groups * size + 2), np.int8)
+    for row, k in zip(y, g.integers(groups, size=n), strict=True):
+        row[k * size : (k + 1) * size] = np.where(g.random(size) < 0.6, 1, -1)
+    y[:20] = -1
+    y[:10, -1] = y[10:20, -2] = 1
+    return y, np.repeat(np.arange(groups), size)
+
+
+@pytest.mark.parametrize("number", [3, 0])
+def test_planted_contexts_are_found_and_no_isolated_label_is_alone(number):
+    y, groups = planted()
+    found = cbsa.find_contexts(y, number)
+    assert adjusted_rand_score(groups, found[:-2]) == 1
+    assert all((found == found[k]).sum() > 1 for k in (-1, -2))
+
+
+def test_contexts_of_labels_never_seen_and_always_seen():
+    y, groups = planted()
+    y[:, 0], y[:, 5] = -1, 1
+    found = cbsa.find_contexts(y, 3)
+    assert found.shape == (14,) and set(found) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("number", [1, 15, -2])
+def test_a_number_of_contexts_out_of_range_is_refused(number):
+    with pytest.raises(InputError, match="--contexts"):
+        cbsa.find_contexts(planted()[0], number)
+
+
+def test_context_labels_are_or(rng):
+    y, member = random_labels(rng, 60), F.one_hot(torch.tensor([0, 0, 1, 2, 2])).float()
+    ours = cbsa.context_labels(y, member)
+    for n in range(60):
+        for g in range(3):
+            inside = [y[n, c].item() for c in range(C) if member[c, g]]
+            expected = 1 if 1 in inside else -1 if set(inside) == {-1} else 0
+            assert ours[n, g] == expected
+    assert {-1, 0, 1} == set(ours.flatten().tolist())
+
+
+# ----------------------------------------------------------------------------------- pseudo-labels
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_class_wise_thresholds_give_exact_counts(rng, ties):
+    y = 2 * torch.randint(2, (30, C), generator=rng) - 1
+    y[:, 2], y[:, 3] = -1, 1  # never and always seen
+    score = double(rng, 101, C)
+    score = (score * 0).float() if ties else score
+    pseudo = cbsa.pseudo_labels(score, y)
+    for c in range(C):
+        prior = ((y[:, c] == 1).sum().item() + 0.5) / 31
+        number = round(prior * 101) if c != 2 else 0
+        best = sorted(range(101), key=lambda n: (-score[n, c], n))[:number]
+        expected = [1 if n in best else -1 for n in range(101)]
+        assert pseudo[:, c].tolist() == expected
+    assert torch.equal(pseudo, cbsa.pseudo_labels(score, y))
+
+
+def test_global_threshold_gives_as_many_in_total_by_one_cut(rng):
+    y, score = 2 * torch.randint(2, (30, C), generator=rng) - 1, double(rng, 101, C)
+    each, one = cbsa.pseudo_labels(score, y), cbsa.pseudo_labels(score, y, one_threshold=True)
+    assert (one == 1).sum() == (each == 1).sum()
+    assert score[one == 1].min() > score[one == -1].max()
+
+
+def test_mixed_batches_are_half_labelled_and_cover_the_larger_part():
+    sampler = cbsa.MixedSampler(np.arange(10), np.arange(10, 74), 16, seed=0)
+    batches = [[i for _, i in batch] for batch in sampler]
+    assert len(batches) == len(sampler) == 8
+    assert all(sum(i < 10 for i in batch) == 8 for batch in batches)
+    assert sorted(i for batch in batches for i in batch if i >= 10) == list(range(10, 74))
+    seen = np.bincount([i for batch in batches for i in batch if i < 10])
+    assert seen.min() >= 6 and seen.max() <= 7
+    sampler.epoch = 1
+    assert [[i for _, i in batch] for batch in sampler] != batches  # shuffled anew
+    sampler.only_labelled = True
+    assert all(len(batch) == 8 and max(batch)[1] < 10 for batch in sampler)
+
+
+# ------------------------------------------------------------------------------ teacher and student
+
+
+SMALL = "--weights none --limit 40 --known 0.3 --batch-size 16 --epochs 3 --warm-up 1".split()
+
+
+def train(flags, monkeypatch, out):
+    monkeypatch.setattr("sys.argv", ["cbsa.py", *SMALL, *flags.split(), "--out", str(out)])
+    cbsa.main()
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def test_student_sees_strong_views_and_teacher_weak_ones(monkeypatch, tmp_path):
+    monkeypatch.setattr(cbsa.v2, "RandomErasing", lambda p: lambda image: torch.full_like(image, 7))
+    seen, forward = {True: [], False: []}, cbsa.CBSA.forward
+
+    def record(self, images):
+        seen[torch.is_grad_enabled()] += [(self.training, bool((x == 7).all())) for x in images]
+        return forward(self, images)
+
+    monkeypatch.setattr(cbsa.CBSA, "forward", record)
+    train("", monkeypatch, tmp_path / "run")
+    assert set(seen[True]) == {(True, True)} and set(seen[False]) == {(False, False)}
+
+
+def test_teacher_is_the_closed_form_of_the_moving_average(monkeypatch, tmp_path):
+    students, update = [], cbsa.AveragedModel.update_parameters
+
+    def record(self, net):
+        students.append(net.visual.attnpool.c_proj.weight.detach().clone().double())
+        update(self, net)
+
+    monkeypatch.setattr(cbsa.AveragedModel, "update_parameters", record)
+    state = train("--ema 0.8 --lr 1e-2", monkeypatch, tmp_path / "run")
+    last = len(students) - 1
+    expected = 0.8**last * students[0]
+    expected += sum(0.2 * 0.8 ** (last - t) * students[t] for t in range(1, last + 1))
+    torch.testing.assert_close(
+        state["teacher"]["visual.attnpool.c_proj.weight"], expected.float(), rtol=1e-4, atol=1e-5
+    )
+    assert not torch.equal(students[0], students[-1])
+
+
+def test_learning_rate_cycle_ends_with_the_run(monkeypatch, tmp_path):
+    state = train("", monkeypatch, tmp_path / "run")
+    assert state["scheduler"]["last_epoch"] == state["scheduler"]["total_steps"] > 0
+
+
+def test_supervised_only_never_sees_an_unlabelled_image(monkeypatch, tmp_path):
+    batches, original = [], cbsa.train_one_epoch
+
+    def record(net, teacher, loader, *rest):
+        batches.extend(i for batch in loader.batch_sampler for _, i in batch)
+        return original(net, teacher, loader, *rest)
+
+    monkeypatch.setattr(cbsa, "train_one_epoch", record)
+    train("--no-unlabelled", monkeypatch, tmp_path / "run")
+    kept = np.random.RandomState(1).permutation(40)[:12]
+    assert set(batches) == set(kept.tolist())
+
+
+def test_zero_shot_order_does_not_hang_on_the_first_biases(rng):
+    """The biases move whole columns: each class's AP before training is CLIP's own."""
+    _, net = small_net()
+    images = random_images(rng, n=6)
+    before = net(images)[0].argsort(0)
+    net.bias.data.normal_()
+    assert torch.equal(net(images)[0].argsort(0), before)
+
+
+# ------------------------------------------------------------------------------------ the toy CLIP
+
+
+def test_cached_weights_are_made_once_and_a_killed_make_starts_clean(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+
+    def make():
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return torch.nn.Linear(2, 2)
+
+    with pytest.raises(KeyboardInterrupt):
+        common.cached_weights("some", make)
+    state = torch.get_rng_state()
+    first, second = common.cached_weights("some", make), common.cached_weights("some", make)
+    assert first == second and len(calls) == 2 and torch.load(first, weights_only=True)
+    assert torch.equal(state, torch.get_rng_state())
+    assert first.startswith(str(tmp_path)) and "some-" in first
+
+
+def test_toy_clip_learns_words_and_pictures_together(monkeypatch):
+    losses, fit = [], common.fit
+
+    def short(net, loss, n, steps, lr):
+        return fit(net, lambda index: losses.append(loss(index)) or losses[-1], n, 12, lr)
+
+    monkeypatch.setattr(common, "fit", short)
+    common.pretrained_toy_clip()
+    assert len(losses) == 12 and sum(losses[-3:]) / 3 < losses[0]
