@@ -49,11 +49,11 @@ from common import InputError
 RECIPES = {
     "real": dict(
         arch="RN101-quickgelu", size=224, epochs=20, warm_up=2, batch_size=64, lr=1e-5,
-        head_lr=1e-3, ema=0.999, crops=(448, 384, 320), workers=4,
+        head_lr=1e-3, ema=0.999, crops=(448, 384, 320), augment=(2, 9), erase=0.33, workers=4,
     ),
-    "toy": dict(
-        arch="toy", size=96, epochs=8, warm_up=2, batch_size=64, lr=3e-4, head_lr=1e-2,
-        ema=0.98, crops=(512, 448), workers=0,
+    "toy": dict(  # RandAugment changes colours and sizes, by which toy objects are known
+        arch="toy", size=96, epochs=5, warm_up=1, batch_size=64, lr=2e-4, head_lr=1e-2,
+        ema=0.98, crops=(512, 448), augment=(0, 0), erase=0.1, workers=0,
     ),
 }  # fmt: skip
 CONTEXTS = {"toy": 4, "voc2007": 4, "voc2012": 4, "coco": 10, "nuswide": 10}
@@ -145,8 +145,10 @@ class CBSA(nn.Module):
     def __init__(self, args: argparse.Namespace, classes: list[str], num_contexts: int) -> None:
         super().__init__()
         clip, tokenize = common.load_clip(args.arch, args.weights, args.size)
-        what = common.encode_prompts(clip, tokenize, "a photo of a {}", classes)  # (C, D)
-        where = common.encode_prompts(clip, tokenize, "the region showing a {}", classes)
+        prompts = "a photo of a {}", "the region showing a {}"
+        tokens = [common.prompt_tokens(tokenize, prompt, classes) for prompt in prompts]
+        with torch.no_grad():
+            what, where = (clip.encode_text(t, normalize=True) for t in tokens)  # (C, D) each
         self.register_buffer("what", what)
         self.register_buffer("where", what if args.one_prompt else where)
         self.visual, self.scale = clip.visual, nn.Parameter(clip.logit_scale.detach().exp())
@@ -403,7 +405,8 @@ def main() -> None:
         return print(common.class_table(data.classes, metrics["ap"], data.test.y))
 
     weak = [common.train_transform(args.size, args.crops)]
-    strong = [v2.Compose([v2.RandAugment(2, 9), *weak, v2.RandomErasing(0.5)])]
+    erasing = v2.RandomErasing(0.5, (0.02, args.erase))
+    strong = [v2.Compose([v2.RandAugment(*args.augment), *weak, erasing])]
     rows = [np.flatnonzero(labelled), np.flatnonzero(~labelled)]
     sampler = MixedSampler(*rows, args.batch_size, args.seed)
     loader = common.make_loader(data.train.images, y, strong, sampler, args)

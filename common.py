@@ -483,13 +483,11 @@ def load_clip(arch: str, weights: str, size: int) -> tuple[nn.Module, Callable]:
     return net.eval(), open_clip.get_tokenizer(name, context_length=net.context_length)
 
 
-@torch.no_grad()
-def encode_prompts(clip: nn.Module, tokenize: Callable, prompt: str, names: list[str]) -> Tensor:
-    """Unit text features (len(names), D) of the prompt with each name in the place of {}."""
+def prompt_tokens(tokenize: Callable, prompt: str, names: list[str]) -> Tensor:
+    """Tokens (len(names), context length) of the prompt with each name in the place of {}."""
     if not all(name.strip() for name in names):
         raise InputError(f"class {[*map(str.strip, names)].index('')} has no name for CLIP to read")
-    texts = [prompt.format(name.replace("_", " ")) for name in names]
-    return clip.encode_text(tokenize(texts), normalize=True)
+    return tokenize([prompt.format(name.replace("_", " ")) for name in names])
 
 
 VOC_TREE = "VOCdevkit/VOC{}/{{Annotations,ImageSets/Main,JPEGImages}}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Runs a script's ablations on the toy world; prints a Markdown table of mAP over seeds.
 
-    python tests/ablations.py sst [--jobs 2] [--seeds 0 1 2] [--table-only]
+    python tests/ablations.py {sst,cbsa,scinet} [--jobs 2] [--seeds 0 1 2] [--table-only]
 
 The mask seed is the seed. A run that finished is never repeated, one that was cut off is continued.
 """
@@ -30,7 +30,25 @@ ROWS = {
         "IST only, Eq. 4 negatives: either known absent": ("--no-cst --pairs either", (0.3,)),
         "IST only, Eq. 4 negatives: all but positives": ("--no-cst --pairs all", (0.3,)),
         "SST, Eq. 2 with the sum": ("--intra-reduce sum", (0.3,)),
-    }
+    },
+    "cbsa": {
+        "supervised only": ("--no-unlabelled", (0.05, 0.1, 0.2)),
+        "CBSA": ("", (0.05, 0.1, 0.2)),
+        "whole-image alignment": ("--whole-image", (0.05, 0.2)),
+        "without contexts": ("--no-context", (0.05, 0.2)),
+        "one prompt": ("--one-prompt", (0.05, 0.2)),
+        "one threshold for all classes": ("--global-threshold", (0.05, 0.2)),
+    },
+    "scinet": {
+        "known labels only": ("--no-augment", (0.1, 0.3, 0.5)),
+        "SCINet": ("", (0.1, 0.3, 0.5)),
+        "without fusion": ("--lambda-n 0 --lambda-q 0", (0.1, 0.3)),
+        "instance graph only": ("--lambda-q 0", (0.1, 0.3)),
+        "label graph only": ("--lambda-n 0", (0.1, 0.3)),
+        "lambdas of the paper": ("--lambda-n 0.1 --lambda-q 0.4", (0.1, 0.3)),
+        "without the text-dominant half": ("--no-text-dominant", (0.1, 0.3)),
+        "without the visual-dominant half": ("--no-visual-dominant", (0.1, 0.3)),
+    },
 }
 
 

@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: MIT
+"""SCINet: prompter, graphs, fusion and consistency against literal readings and closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import scinet
+from common import InputError
+
+B, C, D, N = 4, 5, 8, 9
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+def double(rng, *shape):
+    return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+
+def unit(rng, *shape):
+    return F.normalize(double(rng, *shape), dim=-1)
+
+
+def random_labels(rng, rows, classes=C):
+    return torch.randint(-1, 2, (rows, classes), generator=rng).to(torch.int8)
+
+
+def small_net(flags="", weights="none"):
+    torch.manual_seed(0)
+    args = scinet.parse_args(f"--weights {weights} {flags}".split())
+    return args, scinet.SCINet(args, common.TOY_CLASSES).eval()
+
+
+def random_images(rng, size=96, n=3):
+    return torch.randint(256, (n, 3, size, size), generator=rng, dtype=torch.uint8)
+
+
+# ------------------------------------------------------------------------------------------- model
+
+
+@pytest.mark.parametrize("arch", ["toy", "RN50-quickgelu"])
+def test_prompt_starts_as_the_text_feature_of_clip(arch):
+    torch.manual_seed(0)
+    clip, tokenize = common.load_clip(arch, "none", 96)
+    tokens = common.prompt_tokens(tokenize, "a photo of a {}", common.TOY_CLASSES)
+    expected = clip.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(scinet.PromptEncoder(clip, tokens)(), expected)
+
+
+def test_ranking_at_the_start_is_clips_own(rng):
+    _, net = small_net()
+    images = random_images(rng, n=5)
+    clip = F.normalize(net.visual(common.normalise(images, *common.CLIP_MEAN_STD)), dim=-1)
+    torch.testing.assert_close(net(images)[0], net.gamma * clip @ net.prompt().T)
+    torch.testing.assert_close(net(images)[1], clip)
+
+
+def test_text_dominant_scores_against_loops(rng):
+    f, t, w = unit(rng, B, D), unit(rng, C, D), double(rng, B, D)
+    ours = scinet.text_dominant_scores(f, t, w)
+    for i in range(B):
+        for c in range(C):
+            t_ic = (t[c] + w[i]) / (t[c] + w[i]).norm()
+            torch.testing.assert_close(ours[i, c], f[i] @ t_ic)
+
+
+def test_visual_dominant_scores_against_loops(rng):
+    f, t, z, beta = unit(rng, B, D), unit(rng, C, D), unit(rng, B, N, D), torch.tensor(0.7).double()
+    ours = scinet.visual_dominant_scores(f, t, z, beta, 0.1)
+    for i in range(B):
+        for c in range(C):
+            weight = [math.exp(t[c] @ z[i, u] / 0.1) for u in range(N)]
+            f_ic = f[i] + beta * sum(a / sum(weight) * z[i, u] for u, a in enumerate(weight))
+            torch.testing.assert_close(ours[i, c], f_ic @ t[c] / f_ic.norm())
+
+
+def test_halves_can_be_switched_off(rng):
+    images = random_images(rng)
+    for flags, parameter in (
+        ("--no-text-dominant", "up.weight"),
+        ("--no-visual-dominant", "beta"),
+    ):
+        _, net = small_net(flags)
+        gradient = torch.autograd.grad(
+            net(images)[0].square().sum(), dict(net.named_parameters())[parameter], allow_unused=True
+        )
+        assert gradient[0] is None
+
+
+def test_what_learns_is_small_and_the_towers_do_not():
+    _, net = small_net()
+    learned = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert learned == {"prompt.context", "down.weight", "up.weight", "beta", "gamma", "bias"}
+
+
+# ------------------------------------------------------------------------------------------ graphs
+
+
+def dense_graph(f, k, sigma):
+    n = len(f)
+    w = torch.zeros(n, n, dtype=f.dtype)
+    for i in range(n):
+        distance = (f - f[i]).square().sum(1)
+        order = [j for j in distance.argsort().tolist() if j != i][:k]
+        for j in order:
+            w[i, j] = torch.exp(-distance[j] / (2 * sigma**2))
+    w = (w + w.T) / 2
+    scale = w.sum(1).rsqrt()
+    return scale[:, None] * w * scale
+
+
+@pytest.mark.parametrize("block", [7, 1024])
+def test_instance_graph_against_a_dense_one(rng, block):
+    f = unit(rng, 40, D).float()
+    ours = scinet.instance_graph(f, 4, 0.5, block).to_dense()
+    torch.testing.assert_close(ours, dense_graph(f, 4, 0.5), rtol=1e-4, atol=1e-5)
+
+
+def check_graph(a):
+    torch.testing.assert_close(a, a.T)
+    assert (a >= 0).all() and a.isfinite().all()
+    assert torch.linalg.eigvalsh(a.double()).abs().max() <= 1 + 1e-5
+
+
+def test_graphs_are_symmetric_non_negative_and_contract(rng):
+    f = unit(rng, 60, D).float()
+    f[:5] = f[0]  # the same image five times
+    check_graph(scinet.instance_graph(f, 3, 0.3).to_dense())
+    far = scinet.instance_graph(f, 3, 0.01).to_dense()  # every other image is too far: weight 0
+    check_graph(far)
+    y = random_labels(rng, 50, 8)
+    y[:, 0], y[:, 1] = 0, -1  # never known, never present
+    graph = scinet.label_graph(y, 5, 3)
+    check_graph(graph)
+    assert (graph[:2] == 0).all() and (graph.diagonal() == 0).all() and graph.sum() > 0
+
+
+def test_more_neighbours_than_images_are_refused(rng):
+    with pytest.raises(InputError, match="--neighbours 10"):
+        scinet.instance_graph(unit(rng, 10, D), 10, 0.3)
+
+
+def test_pearson_against_numpy(rng):
+    y = random_labels(rng, 200)
+    y[:, 4] = -1  # does not vary
+    r, n = scinet.pearson(y)
+    for c in range(C):
+        for d in range(C):
+            both = (y[:, c] != 0) & (y[:, d] != 0)
+            assert n[c, d] == both.sum()
+            if 4 in (c, d):
+                assert r[c, d] == 0
+            else:
+                pair = (y[both][:, [c, d]] == 1).T.numpy().astype(float)
+                assert r[c, d].item() == pytest.approx(np.corrcoef(pair)[0, 1])
+
+
+# ------------------------------------------------------------------------------------------ fusion
+
+
+def fusion_case(rng, n=30):
+    f = unit(rng, n, D).float()
+    a_n = scinet.instance_graph(f, 4, 0.5)
+    y = random_labels(rng, n)
+    return torch.rand(n, C, generator=rng), y, a_n, scinet.label_graph(y, 1, 3)
+
+
+def test_fixed_point_equals_the_closed_form_without_clamping(rng):
+    s, y, a_n, a_q = (v.double() for v in fusion_case(rng))
+    y = torch.zeros_like(y).to(torch.int8)
+    s = 0.3 + 0.4 * s  # far enough from 0 and 1 to stay inside
+    p = scinet.fuse(s, y, a_n, a_q, 1.0, 0.4, steps=200)
+    n = len(s)
+    # (I (1 + ln + lq) - ln A_n x I - lq I x A_q) vec(P) = vec(S)
+    left = 2.4 * torch.eye(n * C).double() - torch.kron(a_n.to_dense(), torch.eye(C).double())
+    left -= 0.4 * torch.kron(torch.eye(n).double(), a_q)
+    closed = torch.linalg.solve(left, s.flatten()).view(n, C)
+    assert 0 < closed.min() and closed.max() < 1
+    torch.testing.assert_close(p, closed, rtol=0, atol=1e-6)
+
+
+def test_fusion_keeps_known_entries_and_stays_in_range(rng):
+    s, y, a_n, a_q = fusion_case(rng)
+    p = scinet.fuse(s, y, a_n, a_q, 5.0, 5.0)
+    assert (p[y == 1] == 1).all() and (p[y == -1] == 0).all() and p.min() >= 0 and p.max() <= 1
+
+
+def test_fusion_contracts_as_predicted(rng):
+    s, y, a_n, a_q = (v.double() for v in fusion_case(rng))
+    y = y.to(torch.int8)
+    end = scinet.fuse(s, y, a_n, a_q, 0.1, 0.4, steps=100)
+    errors = [(scinet.fuse(s, y, a_n, a_q, 0.1, 0.4, k) - end).norm() for k in range(12)]
+    assert all(b <= a * (0.5 / 1.5) + 1e-12 for a, b in zip(errors, errors[1:], strict=False))
+    assert errors[10] < 1e-4 * errors[0]
+
+
+def test_without_lambdas_fusion_is_the_score_and_the_known(rng):
+    s, y, a_n, a_q = fusion_case(rng)
+    p = scinet.fuse(s, y, a_n, a_q, 0.0, 0.0)
+    assert torch.equal(p, torch.where(y == 0, s, (y == 1).float()))
+
+
+def test_hidden_map_looks_at_hidden_entries_only(rng):
+    y, truth = random_labels(rng, 50), 2 * torch.randint(2, (50, C), generator=rng) - 1
+    p = torch.where(y == 0, (truth == 1).float(), torch.rand(50, C, generator=rng))
+    assert scinet.hidden_map(p, y, truth) == pytest.approx(100)
+    assert scinet.hidden_map(1 - p, y, truth) < 60
+
+
+# ------------------------------------------------------------------------------------- consistency
+
+
+def test_class_thresholds_against_a_loop():
+    count = torch.tensor([0.0, 10, 50, 100])
+    ours = scinet.class_thresholds(count, 0.95)
+    for c in range(4):
+        a = count[c] / 100
+        assert ours[c] == pytest.approx(max(0.5, 0.95 * a / (2 - a)))
+    assert (scinet.class_thresholds(torch.zeros(4), 0.95) == 0.5).all()
+
+
+def test_targets_against_a_loop(rng):
+    q, y = torch.rand(20, C, generator=rng), random_labels(rng, 20)
+    threshold = torch.tensor([0.5, 0.6, 0.7, 0.8, 0.95])
+    ours = scinet.targets(q, y, threshold)
+    for n in range(20):
+        for c in range(C):
+            guess = 1 if q[n, c] >= threshold[c] else -1 if 1 - q[n, c] > threshold[c] else 0
+            assert ours[n, c] == (y[n, c] if y[n, c] != 0 else guess)
+
+
+def test_difficulty_weight_against_a_loop(rng):
+    p, q = torch.rand(B, C, generator=rng).double(), torch.rand(B, C, generator=rng).double()
+    p[0, 0], q[0, 0] = 0, 1
+    y = random_labels(rng, B)
+    ours = scinet.difficulty_weight(p, q, y)
+
+    def kl(a, b):
+        return sum(x * math.log(x / z) for x, z in ((a, b), (1 - a, 1 - b)) if x > 0)
+
+    for n in range(B):
+        d = 0
+        for c in range(C):
+            a, b = p[n, c].item(), q[n, c].item()
+            d += (kl(a, (a + b) / 2) + kl(b, (a + b) / 2)) / 2 / C
+        for c in range(C):
+            assert ours[n, c] == pytest.approx(1 if y[n, c] != 0 else 1 - d / math.log(2))
+    assert torch.equal(scinet.difficulty_weight(p, p, y), torch.ones_like(p))
+
+
+def test_weighted_bce_against_a_loop(rng):
+    x, target = double(rng, B, C), torch.rand(B, C, generator=rng, dtype=torch.float64)
+    weight = torch.rand(B, C, generator=rng, dtype=torch.float64)
+    weight[0] = 0
+    total, number = 0, 0
+    for n in range(B):
+        for c in range(C):
+            p = 1 / (1 + math.exp(-x[n, c]))
+            t = target[n, c].item()
+            total += -weight[n, c].item() * (t * math.log(p) + (1 - t) * math.log(1 - p))
+            number += weight[n, c].item() > 0
+    assert scinet.weighted_bce(x, target, weight).item() == pytest.approx(total / number)
+    assert scinet.weighted_bce(x, target, weight * 0) == 0
+
+
+# ------------------------------------------------------------------------------------------- traps
+
+
+SMALL = "--weights none --limit 48 --known 0.3 --batch-size 16 --epochs 3 --ramp 1".split()
+
+
+def train(flags, monkeypatch, out):
+    monkeypatch.setattr("sys.argv", ["scinet.py", *SMALL, *flags.split(), "--out", str(out)])
+    scinet.main()
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def test_towers_are_bit_identical_after_training(monkeypatch, tmp_path):
+    _, before = small_net()
+    state = train("", monkeypatch, tmp_path / "run")["model"]
+    frozen = [k for k in state if k.startswith(("visual.", "prompt.tower."))]
+    moved = [k for k in ("prompt.context", "up.weight", "beta") if k in state]
+    start = before.state_dict()
+    assert len(frozen) > 50 and all(torch.equal(state[k], start[k]) for k in frozen)
+    assert len(moved) == 3 and not any(torch.equal(state[k], start[k]) for k in moved)
+
+
+def test_the_easier_view_teaches_and_gets_no_gradient(monkeypatch, tmp_path):
+    """Of the logits of L_a only the medium view learns, of L_b only the strong one."""
+    seen, original = [], scinet.weighted_bce
+
+    def record(logits, target, weight):
+        assert not target.requires_grad and not weight.requires_grad
+        seen.append(logits)
+        return original(logits, target, weight)
+
+    monkeypatch.setattr(scinet, "weighted_bce", record)
+    marks, chunk = [], torch.Tensor.chunk
+
+    def watch(self, number, *rest):
+        parts = chunk(self, number, *rest)
+        if number == 3 and self.requires_grad:
+            marks.append(parts)
+        return parts
+
+    monkeypatch.setattr(torch.Tensor, "chunk", watch)
+    train("", monkeypatch, tmp_path / "run")
+    steps = [seen[k : k + 4] for k in range(0, len(seen), 4)]
+    assert len(steps) == len(marks) == 9
+    for (known, a, b, itself), (weak, medium, strong) in zip(steps, marks, strict=True):
+        assert known is weak and a is medium and b is strong and itself is weak
+
+
+def test_views_get_ever_harder(monkeypatch, tmp_path):
+    """Mark what each view's own transform did: none, the medium one, the strong one."""
+    monkeypatch.setattr(
+        scinet.v2, "RandomErasing", lambda p, _: lambda image: torch.full_like(image, int(p * 10))
+    )
+    batches, original = [], scinet.train_one_epoch
+
+    def record(net, loader, *rest):
+        batches.extend(loader)
+        return original(net, loader, *rest)
+
+    monkeypatch.setattr(scinet, "train_one_epoch", record)
+    train("--epochs 1", monkeypatch, tmp_path / "run")
+    for weak, medium, strong, _, _ in batches:
+        assert weak.unique().numel() > 2 and (medium == 5).all() and (strong == 10).all()
+
+
+def test_known_labels_only_has_one_view_and_no_other_loss(monkeypatch, tmp_path):
+    state = train("--no-augment", monkeypatch, tmp_path / "run")
+    assert state["epoch"] == 3
+    lines = (tmp_path / "run" / "log.jsonl").read_text()
+    assert "loss_known" in lines and "loss_a" not in lines
