@@ -440,7 +440,7 @@ def main() -> None:
             zero_shot[net.whole] = evaluate(net, test_loader, data.test.y)[0]["mAP"]
         text = "zero-shot mAP: whole image {:.2f}, label-specific {:.2f}"
         print(text.format(zero_shot[True], zero_shot[False]), flush=True)
-        log.write(dict(epoch=0, mAP=zero_shot[False], mAP_whole_image=zero_shot[True]))
+        log.write(dict(epoch=0, mAP=zero_shot[True], mAP_label_specific=zero_shot[False]))
     if args.compile:
         net.compile()
     for epoch in range(start, args.epochs + 1):

@@ -51,21 +51,27 @@ ROWS = {
     },
 }
 
+# row: key in the log's line of epoch 0, which is there before anything was trained
+ZERO_SHOT = {
+    "cbsa": {"zero-shot CLIP": "mAP", "zero-shot, label-specific": "mAP_label_specific"},
+    "scinet": {"zero-shot CLIP": "mAP"},
+}
+
 
 def folder(runs: Path, script: str, row: str, known: float, seed: int) -> Path:
     name = "".join(c if c.isalnum() else "-" for c in row.lower())
     return runs / script / f"{name}-{known}-{seed}"
 
 
-def finished(out: Path) -> dict | None:
-    """The last epoch's entry of a run that reached its last epoch, else None."""
+def finished(out: Path) -> list[dict] | None:
+    """The entries of a run that reached its last epoch, else None."""
     try:
         lines = (out / "log.jsonl").read_text().splitlines()
         first, *entries = [json.loads(line) for line in lines]
     except (OSError, ValueError):
         return None
     epochs = first["run"]["args"]["epochs"]
-    return entries[-1] if entries and entries[-1]["epoch"] == epochs else None
+    return entries if entries and entries[-1]["epoch"] == epochs else None
 
 
 def train(script: str, flags: str, known: float, seed: int, out: Path, jobs: int) -> None:
@@ -105,11 +111,15 @@ def main() -> None:
                     if not finished(out):
                         pool.submit(train, args.script, rows[row][0], known, seed, out, args.jobs)
     proportions = sorted({known for _, known in cells})
+    logs = {cell: [log for out in outs if (log := finished(out))] for cell, outs in cells.items()}
     table = []
+    for row, key in ZERO_SHOT.get(args.script, {}).items():
+        first = [[log[0][key] for log in logs[[*rows][1], known]] for known in proportions]
+        table.append([row, *map(mean_std, first)])
     for row in rows:
         line = [row]
         for known in proportions:
-            ends = [end for out in cells.get((row, known), []) if (end := finished(out))]
+            ends = [log[-1] for log in logs.get((row, known), [])]
             line.append(mean_std([end["mAP"] for end in ends]))
             if ends and any(end["pseudo_precision"] for end in ends):
                 right = statistics.mean(100 * (end["pseudo_precision"] or 0) for end in ends)

@@ -295,7 +295,8 @@ def train(flags, monkeypatch, out):
 
 
 def test_student_sees_strong_views_and_teacher_weak_ones(monkeypatch, tmp_path):
-    monkeypatch.setattr(cbsa.v2, "RandomErasing", lambda *_: lambda image: torch.full_like(image, 7))
+    mark = lambda *_: lambda image: torch.full_like(image, 7)  # noqa: E731
+    monkeypatch.setattr(cbsa.v2, "RandomErasing", mark)
     seen, forward = {True: [], False: []}, cbsa.CBSA.forward
 
     def record(self, images):

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Each equation of SST against a literal loop in float64, and the traps of partial labels."""
 
-import json
 import math
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +11,6 @@ import torch
 import common
 import sst
 
-ROOT = Path(__file__).resolve().parent.parent
 B, C, D = 6, 5, 7
 
 
@@ -378,56 +374,6 @@ def test_prototypes_are_the_mean_unit_features_of_known_positives(monkeypatch):
 # ------------------------------------------------------------------------------------- command line
 
 
-def run(*arguments, cwd=None):
-    command = [sys.executable, str(ROOT / "sst.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
-
-
-SMALL = "--weights none --limit 64 --batch-size 16 --epochs 2".split()
-
-
-def test_dry_run_writes_nothing(tmp_path):
-    done = run("--dry-run", "--weights", "none", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "mAP" in done.stdout and not list(tmp_path.iterdir())
-
-
-def test_stop_and_resume_equals_one_run_bit_for_bit(tmp_path):
-    for flags in (["--out", "whole"], ["--out", "parts", "--stop-after", 1]):
-        assert run(*SMALL, *flags, cwd=tmp_path).returncode == 0
-    with open(tmp_path / "parts" / "log.jsonl", "a") as file:
-        file.write('{"epoch": 2, "killed": "after the log, before the checkpoint"}\n')
-    assert run(*SMALL, "--out", "parts", "--resume", "auto", cwd=tmp_path).returncode == 0
-    whole, parts = (
-        torch.load(tmp_path / d / "last.pt", weights_only=True) for d in ("whole", "parts")
-    )
-    assert whole["model"].keys() == parts["model"].keys()
-    assert all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
-    assert torch.equal(whole["prototype"], parts["prototype"])
-    assert whole["metrics"] == parts["metrics"]
-    logs = [(tmp_path / d / "log.jsonl").read_text().splitlines() for d in ("whole", "parts")]
-    assert [len(lines) for lines in logs] == [3, 3] and "run" in json.loads(logs[0][0])
-    assert (tmp_path / "whole" / "samples.png").exists()
-
-    evaluated = run("--limit", 64, "--eval", "--resume", "whole/last.pt", cwd=tmp_path)
-    assert f"{whole['metrics']['mAP']:.2f}" in evaluated.stdout, evaluated.stderr
-    common.toy_scenes(1, 5)[0][0].tofile(tmp_path / "not-an-image")
-    picture = tmp_path / "scene.png"
-    common.Image.fromarray(common.toy_scenes(1, 5)[0][0]).save(picture)
-    predicted = run("--predict", picture, "--resume", "whole/last.pt", cwd=tmp_path)
-    assert predicted.returncode == 0 and "probability" in predicted.stdout
-
-    wrong = {
-        "mask": [*SMALL, "--out", "parts", "--resume", "auto", "--mask-seed", 3],
-        "holds a run": [*SMALL, "--out", "parts"],
-        "sarl": [*SMALL, "--out", "parts", "--resume", "auto", "--sarl", "sam"],
-        "cannot be read": ["--predict", "not-an-image", "--resume", "whole/last.pt"],
-    }
-    for word, arguments in wrong.items():
-        done = run(*arguments, cwd=tmp_path)
-        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and word in done.stderr
-
-
 @pytest.mark.parametrize(
     "flags",
     ["--no-ist --no-cst", "--no-cst --stat-cooc", "--no-ist", "--no-cst --no-ist-loss",
@@ -440,43 +386,3 @@ def test_every_row_of_table_2_runs(flags, capsys, monkeypatch):
     )
     sst.main()
     assert "last epoch" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        ("--known 0", "--known"),
-        ("--known half", "--known"),
-        ("--sarl nosuch", "nosuch"),
-        ("--nosuch", "nosuch"),
-        ("--known 1.5", "--known"),
-        ("--known nan", "--known"),
-        ("--data nosuch", "nosuch"),
-        ("--data coco", "--root"),
-        ("--data coco --root nowhere", "nowhere"),
-        ("--arch nosuch", "nosuch"),
-        ("--arch vit_b_16 --weights none", "spatial"),
-        ("--weights nowhere.pth", "nowhere.pth"),
-        ("--glove nowhere.txt", "nowhere.txt"),
-        ("--epochs 0", "--epochs"),
-        ("--device nosuch", "nosuch"),
-        ("--eval", "--resume"),
-        ("--resume nowhere.pt", "nowhere.pt"),
-        ("--resume auto", "--out"),
-    ],
-)
-def test_bad_arguments_give_one_line(arguments, word, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["sst.py", *arguments.split()])
-    with pytest.raises(SystemExit) as end:
-        common.run_script(sst.main)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1 and word in error
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.cuda
-def test_step_on_cuda_in_bf16(tmp_path):
-    done = run(*SMALL, "--device", "cuda", "--precision", "bf16", "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
