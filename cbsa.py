@@ -37,7 +37,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from sklearn.cluster import SpectralClustering
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -69,6 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("task").add_argument
     add("--data", default="toy", help=f"one of {', '.join(common.DATASETS)}")
     add("--root", help="folder of the data set")
+    add("--download", action="store_true", help="fetch voc2007, voc2012 or coco into --root first")
     add("--known", type=float, default=0.05, help="proportion of IMAGES kept labelled, in (0, 1]")
     add("--mask-seed", type=int, default=1, help="which images are labelled; 1 is the benchmark's")
     add("--limit", type=int, help="use the first LIMIT images of each split")
@@ -350,24 +351,20 @@ def evaluate(net, loader, y: np.ndarray) -> tuple[dict, np.ndarray]:
 @torch.no_grad()
 def draw_attention(net, data: common.Data, size: int, path: str) -> None:
     """A picture: test images, and beside each where its most probable labels look."""
-    side, shown = 144, 5
-    sheet = Image.new("RGB", ((shown + 1) * side, 6 * (side + 16)), "white")
-    draw = ImageDraw.Draw(sheet)
+    cells = []
     for row, item in enumerate(data.test.images[:6]):
-        image = common.open_image(item)
+        image = common.open_image(item).resize((176, 176))
         x = common.test_transform(size)(image)[None].to(net_device(net))
         logits, _, attention = net.eval()(x)
-        y, grid = row * (side + 16), math.isqrt(attention.shape[-1])
-        picture = image.resize((side, side))
-        sheet.paste(picture, (0, y))
-        for k, c in enumerate(logits[0].argsort(descending=True)[:shown].tolist(), start=1):
-            a = attention[0, c].view(grid, grid).cpu().numpy()
-            light = Image.fromarray(np.uint8(255 * a / a.max())).resize((side, side), 2)
-            sheet.paste(picture, (k * side, y), light)
+        cells.append((image, []))
+        for c in logits[0].argsort(descending=True)[:5].tolist():
+            a = attention[0, c].unflatten(0, (math.isqrt(attention.shape[-1]), -1)).cpu().numpy()
+            light = Image.fromarray(np.uint8(255 * a / a.max())).resize(image.size, 2)
             colour = "green" if data.test.y[row, c] == 1 else "red"
             text = f"{data.classes[c]} {torch.sigmoid(logits[0, c]):.2f}"
-            draw.text((k * side, y + side), text, colour)
-    sheet.save(path)
+            seen = Image.composite(image, Image.new("RGB", image.size, "white"), light)
+            cells.append((seen, [(text, colour)]))
+    common.draw_sheet(cells, 6, path, lines=1)
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -383,7 +380,7 @@ def main() -> None:
         net.load_state_dict(state["teacher"])
         return common.predict(lambda x: net.eval()(x)[0], args, state["classes"], device)
 
-    data = common.load_data(args.data, args.root, args.limit)
+    data = common.load_data(args.data, args.root, args.limit, args.download)
     y = common.hide_images(data.train.y, args.known, args.mask_seed)
     run = dict(method="cbsa", data=args.data, classes=data.classes, mask=common.mask_hash(y))
     labelled = (y != 0).any(1)
@@ -400,9 +397,8 @@ def main() -> None:
         net.load_state_dict(state["model"])
         teacher.module.load_state_dict(state["teacher"])
     if args.eval:
-        metrics, _ = evaluate(teacher.module, test_loader, data.test.y)
-        print(common.metrics_table({"test": metrics}))
-        return print(common.class_table(data.classes, metrics["ap"], data.test.y))
+        metrics, logits = evaluate(teacher.module, test_loader, data.test.y)
+        return common.report_test(data, metrics, logits, args)
 
     weak = [common.train_transform(args.size, args.crops)]
     erasing = v2.RandomErasing(0.5, (0.02, args.erase))

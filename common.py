@@ -9,7 +9,9 @@ map. Bad input raises `InputError`, whose text is one line that says what is wro
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import http.client
 import inspect
 import json
 import logging
@@ -18,11 +20,16 @@ import os
 import pickle
 import platform
 import resource
+import shutil
 import sys
 import textwrap
 import time
+import urllib.error
+import urllib.request
 import xml.etree.ElementTree as ElementTree
+import zipfile
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +43,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import precision_recall_curve
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets import VOCDetection
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
@@ -133,14 +141,22 @@ class Data:
     test: Split
 
 
-def load_data(name: str, root: str | None, limit: int | None = None) -> Data:
-    """Load a data set; `limit` keeps the first images of each split. InputError on bad files."""
+def load_data(name: str, root: str | None, limit: int | None = None, fetch: bool = False) -> Data:
+    """Load a data set; `limit` keeps the first images of each split, `fetch` downloads it first.
+
+    InputError on bad files; a warning on stderr when the counts are not the official ones.
+    """
     if name not in DATASETS:
         raise InputError(f"--data {name} is unknown; choose from {', '.join(DATASETS)}")
-    tree, load = DATASETS[name]
+    tree, load, counts, source = DATASETS[name]
+    if fetch and tree:
+        download(name, root, source)
     if tree and (root is None or not Path(root).is_dir()):
         raise InputError(f"--root {root} is no folder; --data {name} needs {tree} there")
     data = load(root and Path(root))
+    found = len(data.train.y), len(data.test.y)
+    if counts and found != counts:
+        print(f"warning: {name} has {found} train and test images, not {counts}", file=sys.stderr)
     for part, split in (("train", data.train), ("test", data.test)):
         split.images, split.ids = split.images[:limit], split.ids[:limit]
         split.y = check_labels(split.y, len(data.classes), f"{name} {part}")[:limit]
@@ -149,6 +165,87 @@ def load_data(name: str, root: str | None, limit: int | None = None) -> Data:
         if tree:
             check_images(split.images)
     return data
+
+
+COCO = "http://images.cocodataset.org"
+COCO_ARCHIVES = {  # md5
+    "zips/train2014.zip": "0da8c0bd3d6becc4dcb32757491aca88",
+    "zips/val2014.zip": "a3d79f5ed8d289b7a7554ce06a5782b3",
+    "annotations/annotations_trainval2014.zip": "0a379cfc70b0e71301e0f377548639bd",
+}
+
+
+def download(name: str, root: str | None, source: str) -> None:
+    """Fetch VOC (through torchvision) or COCO 2014 into root; of others an InputError says how."""
+    if root is None:
+        raise InputError("--download needs --root, the folder that the data goes to")
+    Path(root).mkdir(parents=True, exist_ok=True)
+    if name.startswith("voc"):
+        check_space(root, 6 * 2**30)
+        parts = (("train", "val") if name == "voc2012" else ("trainval", "test"))
+        try:
+            for part in parts:
+                VOCDetection(root, name[3:], part, download=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"--download {name}: {error}; try again") from None
+    elif name == "coco":
+        for archive, md5 in COCO_ARCHIVES.items():
+            done = Path(root) / f"{Path(archive).name}.done"
+            if not done.exists():
+                fetch_archive(f"{COCO}/{archive}", Path(root), md5)
+                done.touch()
+    else:
+        raise InputError(f"--download cannot fetch {name}; {source}; it needs {DATASETS[name][0]}")
+
+
+def check_space(root: str | Path, size: int) -> None:
+    if (free := shutil.disk_usage(root).free) < size:
+        gb = 2**30
+        raise InputError(f"{root} has {free / gb:.1f} GB free and needs {size / gb:.1f}; make room")
+
+
+def fetch_archive(url: str, root: Path, md5: str, tries: int = 5) -> None:
+    """Download a zip archive, continue where a broken connection ended, check it, extract it.
+
+    InputError after `tries` failures, when the disk is too small, or when a name leaves root.
+    """
+    path, why = root / Path(url).name, ""
+    for _ in range(tries):
+        begin = path.stat().st_size if path.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={begin}-"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                if answer.status != 206:  # the host sends all of it
+                    begin = 0
+                size = begin + int(answer.headers["Content-Length"])
+                check_space(root, 2 * size - begin)  # it and what it holds
+                with open(path, "ab" if begin else "wb") as file:
+                    for chunk in progress(iter(lambda: answer.read(2**20), b""), path.name):
+                        file.write(chunk)
+        except urllib.error.HTTPError as error:
+            if error.code != 416:  # 416: there is nothing after what we have
+                why = str(error)
+                continue
+        except (OSError, http.client.HTTPException) as error:
+            why = str(error)
+            continue
+        else:
+            if path.stat().st_size < size:
+                why = "the connection broke"
+                continue
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "md5").hexdigest() == md5:
+                break
+        path.unlink()
+        why = "its md5 is wrong"
+    else:
+        raise InputError(f"{url} cannot be fetched: {why}; try again, it continues")
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if not (root / name).resolve().is_relative_to(root.resolve()):
+                raise InputError(f"{path} holds {name}, which lies outside {root}; delete it")
+        archive.extractall(root)
+    path.unlink()
 
 
 def check_images(paths: Sequence[str]) -> None:
@@ -173,7 +270,7 @@ def parse(path: Path, reader: Callable[[str], object]) -> object:
         return reader(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, LookupError, TypeError, ElementTree.ParseError) as error:
         why = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path} cannot be used ({why}); fetch it again") from None
+        raise InputError(f"{path} cannot be used ({why}); correct it or fetch it again") from None
 
 
 def load_coco(root: Path) -> Data:
@@ -241,6 +338,99 @@ def load_nuswide(root: Path) -> Data:
         ids = [line.strip().replace("\\", "/") for line in lines if line.strip()]
         columns = [parse(base / f"Labels_{name}_{part}.txt", column) for name in classes]
         splits.append(Split([str(root / "Flickr" / i) for i in ids], np.stack(columns, 1), ids))
+    return Data(classes, *splits)
+
+
+def load_vg200(root: Path) -> Data:
+    """Visual Genome: the 200 most frequent object names by images; 10,000 test images drawn."""
+
+    def objects(text: str) -> list[tuple[str, set[str]]]:
+        return [
+            ("/".join(image["image_url"].split("/")[-2:]),
+             {name.strip().lower() for o in image["objects"] for name in o["names"]})
+            for image in json.loads(text)
+        ]  # fmt: skip
+
+    images = parse(root / "objects.json", objects)
+    number = Counter(name for _, names in images for name in names)
+    classes = sorted(sorted(number, key=lambda name: (-number[name], name))[:200])
+    y = np.array([[1 if c in names else -1 for c in classes] for _, names in images], np.int8)
+    order = np.random.RandomState(0).permutation(len(y))
+    splits = []
+    for rows in (np.sort(order[VG_TEST:]), np.sort(order[:VG_TEST])):
+        ids = [images[i][0] for i in rows]
+        splits.append(Split([str(root / i) for i in ids], y[rows], ids))
+    return Data(classes, *splits)
+
+
+VG_TEST = 10_000
+
+
+def load_cub(root: Path) -> Data:
+    """CUB-200-2011: 312 binary attributes; some of their lines have a field too many at the end."""
+    base = root / "CUB_200_2011"
+
+    def table(text: str) -> dict[str, str]:
+        return dict(line.split(maxsplit=1) for line in text.splitlines() if line.strip())
+
+    named = root / "attributes.txt"
+    named = named if named.exists() else base / "attributes" / "attributes.txt"
+    classes, files = parse(named, table), parse(base / "images.txt", table)
+    train = parse(base / "train_test_split.txt", table)
+
+    def labels(text: str) -> np.ndarray:
+        column, row = ({key: k for k, key in enumerate(keys)} for keys in (classes, files))
+        y = np.full((len(row), len(column)), -1, dtype=np.int8)
+        for line in text.splitlines():
+            image, attribute, present, *_ = line.split()
+            y[row[image], column[attribute]] = 2 * int(present) - 1
+        return y
+
+    y, splits = parse(base / "attributes" / "image_attribute_labels.txt", labels), []
+    for wanted in "10":
+        rows = [k for k, key in enumerate(files) if train.get(key, "").strip() == wanted]
+        ids = [[*files.values()][k].strip() for k in rows]
+        splits.append(Split([str(base / "images" / i) for i in ids], y[rows], ids))
+    return Data([name.strip() for name in classes.values()], *splits)
+
+
+def load_folder(root: Path) -> Data:
+    """The user's own: lines `path,label;label;-label` in train.csv and test.csv, classes.txt.
+
+    `-label` is known absent. What a line leaves out is unknown in train.csv, absent in test.csv.
+    """
+
+    def names(text: str) -> list[str]:
+        found = [line.strip() for line in text.splitlines() if line.strip()]
+        if twice := [name for name, n in Counter(found).items() if n > 1]:
+            raise ValueError(f"class {twice[0]} is there twice")
+        return found
+
+    classes = parse(root / "classes.txt", names)
+
+    def table(text: str) -> dict[str, np.ndarray]:
+        rows = {}
+        for number, line in enumerate(csv.reader(text.splitlines()), start=1):
+            if not line:
+                continue
+            if len(line) != 2 or line[0] in rows:
+                raise ValueError(f"line {number} is not path,labels or names its path again")
+            rows[line[0]] = y = np.zeros(len(classes), np.int8)
+            for label in filter(None, map(str.strip, line[1].split(";"))):
+                name, sign = (label[1:], -1) if label[0] == "-" else (label, 1)
+                if name not in classes:
+                    raise ValueError(f"line {number}: {name} is not in classes.txt")
+                if y[(c := classes.index(name))] == -sign:
+                    raise ValueError(f"line {number}: {name} is both present and absent")
+                y[c] = sign
+        return rows
+
+    train, test = (parse(root / f"{part}.csv", table) for part in ("train", "test"))
+    shape, splits = (-1, len(classes)), []
+    for rows, left_out in ((train, 0), (test, -1)):
+        y = np.array([*rows.values()], np.int8).reshape(shape)
+        paths = [str(root / path) for path in rows]
+        splits.append(Split(paths, np.where(y == 0, left_out, y), [*rows]))
     return Data(classes, *splits)
 
 
@@ -447,7 +637,7 @@ def pretrained_toy_clip() -> nn.Module:
         pairs = ((logits, right), (logits.T, right.T))
         return sum(nn.functional.cross_entropy(x, r / r.sum(1, True)) for x, r in pairs) / 2
 
-    return fit(net, loss, len(y), steps=300, lr=1e-3)
+    return fit(net, loss, len(y), steps=500, lr=2e-3)
 
 
 CLIP_MEAN_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
@@ -491,12 +681,36 @@ def prompt_tokens(tokenize: Callable, prompt: str, names: list[str]) -> Tensor:
 
 
 VOC_TREE = "VOCdevkit/VOC{}/{{Annotations,ImageSets/Main,JPEGImages}}"
-DATASETS = {  # name: (the tree expected under --root, loader)
-    "toy": ("", load_toy),
-    "coco": ("annotations/instances_{train,val}2014.json, train2014/, val2014/", load_coco),
-    "nuswide": ("ImageList/, Groundtruth/TrainTestLabels/, Flickr/*/*.jpg", load_nuswide),
-    "voc2007": (VOC_TREE.format(2007), lambda root: load_voc(root, 2007, ("trainval", "test"))),
-}
+DATASETS = {  # name: tree expected under --root, loader, official counts, where it is
+    "toy": ("", load_toy, None, ""),
+    "coco": (
+        "annotations/instances_{train,val}2014.json, train2014/, val2014/",
+        load_coco, (82783, 40504), "",
+    ),
+    "voc2007": (
+        VOC_TREE.format(2007), lambda root: load_voc(root, 2007, ("trainval", "test")),
+        (5011, 4952), "",
+    ),
+    "voc2012": (
+        VOC_TREE.format(2012), lambda root: load_voc(root, 2012, ("train", "val")),
+        (5717, 5823), "",
+    ),
+    "vg200": (
+        "objects.json, VG_100K/, VG_100K_2/", load_vg200, (98249, 10000),
+        "get images and objects (15 GB) from homes.cs.washington.edu/~ranjay/visualgenome",
+    ),
+    "nuswide": (
+        "ImageList/, Groundtruth/TrainTestLabels/, Flickr/*/*.jpg", load_nuswide, (161789, 107859),
+        "ask for NUS-WIDE's images (about 30 GB) at lms.comp.nus.edu.sg/wp-content/uploads/2019",
+    ),
+    "cub": (
+        "attributes.txt, CUB_200_2011/{images,attributes,images.txt,train_test_split.txt}",
+        load_cub, (5994, 5794), "get CUB-200-2011 (1.1 GB) from www.vision.caltech.edu/datasets",
+    ),
+    "folder": (
+        "train.csv, test.csv, classes.txt and the images", load_folder, None, "it is your own",
+    ),
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------- loading
@@ -790,26 +1004,44 @@ class RunLog:
             state |= self.run | dict(args=vars(self.args), generators=generators)
             save_checkpoint(self.out / "last.pt", state)
 
-    def samples(self, data: Data, logits: np.ndarray | None) -> None:
-        """samples.png: test images, their labels found, missed and wrongly said."""
+    def samples(self, data: Data, logits: np.ndarray | None, more: Sequence[Cell] = ()) -> None:
+        """samples.png: test images, their labels found, missed and wrongly said; more cells."""
         if self.args.dry_run or logits is None:
             return
-        sheet = Image.new("RGB", (6 * 180, 3 * 250), "white")
-        draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+        cells = []
         for k, (said, true) in enumerate(zip(logits[:18] >= 0, data.test.y[:18] == 1, strict=True)):
-            x, y = k % 6 * 180, k // 6 * 250
-            sheet.paste(open_image(data.test.images[k]).resize((176, 176)), (x, y))
+            text = []
             for word, which, colour in (
                 ("found", said & true, "green"),
                 ("missed", true & ~said, "gray"),
                 ("wrong", said & ~true, "red"),
             ):
                 names = ", ".join(data.classes[c] for c in np.flatnonzero(which))
-                for text in textwrap.wrap(f"{word}: {names}", 30) if names else ():
-                    draw.text((x, y + 177), text, colour, font)
-                    y += 13
-        sheet.save(self.out / "samples.png")
+                wrapped = textwrap.wrap(f"{word}: {names}", 30) if names else ()
+                text += [(line, colour) for line in wrapped]
+            cells.append((open_image(data.test.images[k]), text))
+        draw_sheet([*cells, *more], 6, self.out / "samples.png")
         print(f"test images with their labels and predictions: {self.out / 'samples.png'}")
+
+
+Cell = tuple[Image.Image, list[tuple[str, str]]]
+
+
+def draw_sheet(cells: Sequence[Cell], columns: int, path: Path, lines: int = 5) -> None:
+    """Save a picture of cells: an image and, below it, up to `lines` lines of (text, colour)."""
+    side, step = 176, 13
+    height, rows = side + step * lines + 8, -(-len(cells) // columns)
+    sheet = Image.new("RGB", (columns * (side + 4), rows * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for k, (image, text) in enumerate(cells):
+        x, y = k % columns * (side + 4), k // columns * height
+        sheet.paste(image.resize((side, side)), (x, y))
+        for n, (line, colour) in enumerate(text[:lines]):
+            draw.text((x, y + side + 1 + n * step), line, colour, font)
+    try:
+        sheet.save(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -834,11 +1066,26 @@ def class_table(classes: Sequence[str], ap: np.ndarray, y: np.ndarray) -> str:
     return markdown_table(["class", "AP, %", "positives"], rows)
 
 
+def report_test(data: Data, metrics: dict, logits: np.ndarray, args: Namespace) -> None:
+    """Print the metrics and the AP of every class; predictions.npz goes beside the checkpoint."""
+    print(metrics_table({"test": metrics}))
+    print(class_table(data.classes, metrics["ap"], data.test.y))
+    path = Path(args.resume).parent / "predictions.npz"
+    np.savez(path, ids=np.array(data.test.ids), logits=logits, labels=data.test.y)
+    print(f"ids, logits and labels: {path}")
+
+
 @torch.no_grad()
 def predict(score: Callable, args: Namespace, classes: list[str], device: torch.device) -> None:
-    """Print the five most probable labels of each image of --predict; score: images -> logits."""
-    images = [test_transform(args.size)(open_image(path)) for path in args.predict]
-    probability = torch.sigmoid(score(torch.stack(images).to(device)))
-    for path, p in zip(args.predict, probability, strict=True):
-        rows = [[classes[c], f"{p[c]:.3f}"] for c in p.argsort(descending=True)[:5].tolist()]
-        print(path, markdown_table(["label", "probability"], rows), sep="\n")
+    """Print the five most probable labels of each image of --predict, and draw them below it.
+
+    score: images -> logits. The pictures go to --out or here, as NAME-labels.png.
+    """
+    for path in args.predict:
+        image = open_image(path)
+        p = torch.sigmoid(score(test_transform(args.size)(image)[None].to(device)))[0]
+        top = [(classes[c], f"{p[c]:.3f}") for c in p.argsort(descending=True)[:5].tolist()]
+        picture = Path(args.out or ".") / f"{Path(path).stem}-labels.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        draw_sheet([(image, [(f"{name} {value}", "black") for name, value in top])], 1, picture)
+        print(path, markdown_table(["label", "probability"], top), f"-> {picture}", sep="\n")

@@ -67,6 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("task").add_argument
     add("--data", default="toy", help=f"one of {', '.join(common.DATASETS)}")
     add("--root", help="folder of the data set")
+    add("--download", action="store_true", help="fetch voc2007, voc2012 or coco into --root first")
     add("--known", type=float, default=0.1, help="proportion of label ENTRIES kept, in (0, 1]")
     add("--mask-seed", type=int, default=0, help="which labels are hidden; 0 is the benchmark's")
     add("--limit", type=int, help="use the first LIMIT images of each split")
@@ -327,6 +328,18 @@ def hidden_map(p: Tensor, y: Tensor, truth: Tensor) -> float:
     return 100 * float(np.mean(values)) if values else math.nan
 
 
+def hidden_cells(data: common.Data, y: Tensor, s: Tensor, p: Tensor) -> list[common.Cell]:
+    """For the picture: training images, their likeliest hidden labels before > after fusion."""
+    cells = []
+    for i in range(min(6, len(y))):
+        text = []
+        for c in torch.where(y[i] == 0, p[i], -1).argsort(descending=True)[:5].tolist():
+            colour = "green" if data.train.y[i, c] == 1 else "red"
+            text.append((f"{data.classes[c]} {s[i, c]:.2f} > {p[i, c]:.2f}", colour))
+        cells.append((common.open_image(data.train.images[i]), text))
+    return cells
+
+
 def class_thresholds(count: Tensor, tau: float) -> Tensor:
     """T_c = tau a_c / (2 - a_c), never under 1/2 (FlexMatch, NeurIPS 2021; our reading): (C,).
 
@@ -428,7 +441,7 @@ def main() -> None:
         net.load_state_dict(state["model"])
         return common.predict(lambda images: net(images)[0], args, state["classes"], device)
 
-    data = common.load_data(args.data, args.root, args.limit)
+    data = common.load_data(args.data, args.root, args.limit, args.download)
     y = common.hide_entries(data.train.y, args.known, args.mask_seed)
     run = dict(method="scinet", data=args.data, classes=data.classes, mask=common.mask_hash(y))
     net = SCINet(args, data.classes)
@@ -438,9 +451,8 @@ def main() -> None:
         common.check_same_run(state, run, args)
         net.load_state_dict(state["model"])
     if args.eval:
-        metrics, _ = evaluate(net, test_loader, data.test.y)
-        print(common.metrics_table({"test": metrics}))
-        return print(common.class_table(data.classes, metrics["ap"], data.test.y))
+        metrics, logits = evaluate(net, test_loader, data.test.y)
+        return common.report_test(data, metrics, logits, args)
 
     views = [common.train_transform(args.size, args.crops)]  # weak
     for number, magnitude, erasing in (args.medium, args.strong):
@@ -499,7 +511,7 @@ def main() -> None:
             return print(f"stopped after epoch {epoch}; --out {log.out} --resume auto continues")
     columns = {"last epoch": metrics, "best on test (what most papers report)": best}
     print(common.metrics_table(columns))
-    log.samples(data, logits)
+    log.samples(data, logits, hidden_cells(data, known, before, memory["p"]))
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("task").add_argument
     add("--data", default="toy", help=f"one of {', '.join(common.DATASETS)}")
     add("--root", help="folder of the data set")
+    add("--download", action="store_true", help="fetch voc2007, voc2012 or coco into --root first")
     add("--known", type=float, default=0.1, help="proportion of label ENTRIES kept, in (0, 1]")
     add("--mask-seed", type=int, default=0, help="which labels are hidden; 0 is the benchmark's")
     add("--limit", type=int, help="use the first LIMIT images of each split")
@@ -464,7 +465,7 @@ def main() -> None:
         net.load_state_dict(state["model"])
         return common.predict(lambda images: net(images)[1], args, state["classes"], device)
 
-    data = common.load_data(args.data, args.root, args.limit)
+    data = common.load_data(args.data, args.root, args.limit, args.download)
     y = common.hide_entries(data.train.y, args.known, args.mask_seed)
     run = dict(method="sst", data=args.data, classes=data.classes, mask=common.mask_hash(y))
     net = SST(args, data.classes, cooccurrence(torch.tensor(y)))
@@ -477,9 +478,8 @@ def main() -> None:
         common.check_same_run(state, run, args)
         net.load_state_dict(state["model"])
     if args.eval:
-        metrics, _ = evaluate(net, test_loader, data.test.y)
-        print(common.metrics_table({"test": metrics}))
-        return print(common.class_table(data.classes, metrics["ap"], data.test.y))
+        metrics, logits = evaluate(net, test_loader, data.test.y)
+        return common.report_test(data, metrics, logits, args)
 
     learned = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(learned, args.lr, weight_decay=args.weight_decay)

@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Labels, data sets on disk, loading and metrics."""
 
+import hashlib
+import http.server
+import io
 import json
 import math
+import threading
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -177,6 +184,213 @@ def test_voc_with_broken_files_names_them(voc):
     (base / "ImageSets" / "Main" / "test.txt").unlink()
     with pytest.raises(InputError, match="test.txt"):
         common.load_data("voc2007", str(voc))
+
+
+def test_voc2012_has_its_own_splits(voc):
+    (voc / "VOCdevkit" / "VOC2007").rename(voc / "VOCdevkit" / "VOC2012")
+    main = voc / "VOCdevkit" / "VOC2012" / "ImageSets" / "Main"
+    (main / "trainval.txt").rename(main / "train.txt")
+    (main / "test.txt").rename(main / "val.txt")
+    data = common.load_data("voc2012", str(voc))
+    assert data.train.ids == ["000005"] and data.test.ids == ["000001"]
+
+
+def test_nuswide_replica(tmp_path):
+    labels = tmp_path / "Groundtruth" / "TrainTestLabels"
+    labels.mkdir(parents=True)
+    (tmp_path / "ImageList").mkdir()
+    for part, column in (("Train", "1\n0 \n\n"), ("Test", "0\n1 \n")):
+        names = [f"animal\\{part}_{k}_9.jpg" for k in range(2)]
+        (tmp_path / "ImageList" / f"{part}Imagelist.txt").write_text("\n".join(names) + "\n\n")
+        for concept in ("water", "airport"):
+            (labels / f"Labels_{concept}_{part}.txt").write_text(column)
+        for name in names:
+            picture(tmp_path / "Flickr" / name.replace("\\", "/"))
+    data = common.load_data("nuswide", str(tmp_path))
+    assert data.classes == ["airport", "water"]
+    assert data.train.y.tolist() == [[1, 1], [-1, -1]] and data.test.y[0].tolist() == [-1, -1]
+    (tmp_path / "Flickr" / "animal" / "Train_1_9.jpg").unlink()
+    with pytest.raises(InputError, match="1 of 2 images cannot be read.*Train_1"):
+        common.load_data("nuswide", str(tmp_path))
+    (labels / "Labels_water_Train.txt").write_text("1\n")
+    with pytest.raises(InputError, match="Labels_water_Train.txt.*1 labels for 2 images"):
+        common.load_data("nuswide", str(tmp_path))
+
+
+def test_cub_replica(tmp_path):
+    base = tmp_path / "CUB_200_2011"
+    (base / "attributes").mkdir(parents=True)
+    (tmp_path / "attributes.txt").write_text("1 has_bill_shape::curved_(up_or_down)\n2 has_eye\n")
+    files = ["001.Black_footed_Albatross/a b.jpg", "001.Black_footed_Albatross/c.jpg"]
+    (base / "images.txt").write_text("".join(f"{k} {f}\n" for k, f in enumerate(files, 1)))
+    (base / "train_test_split.txt").write_text("1 0\n2 1\n")
+    (base / "attributes" / "image_attribute_labels.txt").write_text(
+        "1 1 1 3 2.5\n1 2 0 4 1.0\n2 1 0 3 0 27.7\n2 2 1 1 0.5\n"
+    )
+    for name in files:
+        picture(base / "images" / name)
+    data = common.load_data("cub", str(tmp_path))
+    assert data.classes == ["has_bill_shape::curved_(up_or_down)", "has_eye"]
+    assert data.train.y.tolist() == [[-1, 1]] and data.test.y.tolist() == [[1, -1]]
+    assert data.test.ids == ["001.Black_footed_Albatross/a b.jpg"]
+
+
+def test_vg200_replica(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "VG_TEST", 2)
+    images = []
+    for k in range(6):
+        rare = [[f"rare{n:03}"] for n in range(250 if k < 4 else 0)]
+        names = [["man"], ["Man ", "tree"]] if k % 2 else rare
+        url = f"https://cs.stanford.edu/people/rak248/VG_100K{'_2' * (k % 2)}/{k}.jpg"
+        objects = [{"names": n, "object_id": 1} for n in names]
+        images.append({"image_id": k, "objects": objects, "image_url": url})
+        picture(tmp_path / f"VG_100K{'_2' * (k % 2)}" / f"{k}.jpg")
+    (tmp_path / "objects.json").write_text(json.dumps(images))
+    data = common.load_data("vg200", str(tmp_path))
+    assert len(data.classes) == 200 and {"man", "tree", "rare000"} <= set(data.classes)
+    assert "rare198" not in data.classes  # ties: the alphabet
+    assert len(data.test.y) == 2 and set(data.train.ids).isdisjoint(data.test.ids)
+    man = data.train.y[:, data.classes.index("man")] == 1
+    assert man.tolist() == ["_2" in i for i in data.train.ids]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a b.jpg", "c.png", "d.jpg"):
+        picture(tmp_path / "my images" / name)
+    (tmp_path / "classes.txt").write_text("cat\nhot dog\nDürer\n\n", encoding="utf-8")
+    train = '"my images/a b.jpg",cat;-hot dog\n\nmy images/c.png, Dürer ; cat\n'
+    (tmp_path / "train.csv").write_text(train, encoding="utf-8")
+    (tmp_path / "test.csv").write_text("my images/d.jpg,hot dog\n")
+    return tmp_path
+
+
+def test_folder_of_ones_own(folder):
+    data = common.load_data("folder", str(folder))
+    assert data.classes == ["cat", "hot dog", "Dürer"]
+    assert data.train.y.tolist() == [[1, -1, 0], [1, 0, 1]]
+    assert data.test.y.tolist() == [[-1, 1, -1]]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "word"),
+    [
+        ("train.csv", b"my images/d.jpg,unicorn\n", "line 1: unicorn is not in classes.txt"),
+        ("train.csv", b"my images/d.jpg,cat;-cat\n", "line 1: cat is both"),
+        ("train.csv", b"my images/d.jpg,cat\nmy images/d.jpg,cat\n", "line 2"),
+        ("train.csv", b"my images/d.jpg\n", "line 1"),
+        ("train.csv", b"a.jpg,cat,hot dog\n", "line 1"),
+        ("train.csv", b"nowhere.jpg,cat\n", "nowhere.jpg"),
+        ("train.csv", b"\xff\xfe,cat\n", "train.csv"),
+        ("train.csv", b"", "no image"),
+        ("test.csv", None, "test.csv"),
+        ("classes.txt", b"cat\ncat\n", "cat is there twice"),
+        ("classes.txt", None, "classes.txt"),
+    ],
+)
+def test_folder_with_mistakes_names_file_and_line(folder, file, text, word):
+    (folder / file).unlink() if text is None else (folder / file).write_bytes(text)
+    with pytest.raises(InputError, match=word) as error:
+        common.load_data("folder", str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_counts_are_a_warning_with_both_numbers(voc, capsys):
+    common.load_data("voc2007", str(voc))
+    assert "(1, 1) train and test images, not (5011, 4952)" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- downloads
+
+
+@pytest.fixture
+def server(coco, tmp_path_factory, monkeypatch):
+    """COCO's host on this machine. `flaws` lists what goes wrong with the next answers."""
+    flaws, files, asked = [], {}, []
+    for address in common.COCO_ARCHIVES:
+        name, content = Path(address).stem, io.BytesIO()
+        with zipfile.ZipFile(content, "w") as archive:
+            for path in sorted(coco.rglob("*")):
+                inside = "annotations" if "trainval" in name else name
+                if path.is_file() and path.parent.name == inside:
+                    archive.write(path, path.relative_to(coco))
+        files[f"/{address}"] = content.getvalue()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body, flaw = files[self.path], flaws.pop(0) if flaws else ""
+            begin = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            asked.append((self.path, begin))
+            if begin >= len(body):
+                return self.send_error(416)
+            self.send_response(206)
+            self.send_header("Content-Length", str(len(body) - begin))
+            self.end_headers()
+            sent = body[begin:]
+            if flaw == "breaks":
+                sent = sent[: len(sent) // 2]
+            self.wfile.write(bytes(len(sent)) if flaw == "wrong" else sent)
+
+        def log_message(self, *_):
+            pass
+
+    host = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=host.serve_forever, daemon=True).start()
+    monkeypatch.setattr(common, "COCO", f"http://127.0.0.1:{host.server_port}")
+    sums = {address[1:]: hashlib.md5(body).hexdigest() for address, body in files.items()}
+    monkeypatch.setattr(common, "COCO_ARCHIVES", sums)
+    root = tmp_path_factory.mktemp("new")
+    yield SimpleNamespace(flaws=flaws, files=files, asked=asked, root=root)
+    host.shutdown()
+    host.server_close()
+
+
+def test_download_survives_a_broken_connection_and_a_wrong_checksum(server):
+    server.flaws += ["breaks", "", "wrong"]
+    data = common.load_data("coco", str(server.root / "coco"), fetch=True)
+    assert data.classes == ["person", "toothbrush"]
+    first, second = server.asked[:2]
+    assert first[1] == 0 < second[1] and first[0] == second[0]  # it went on where it broke
+    assert [begin for _, begin in server.asked[2:]] == [0, 0, 0]  # what was wrong came anew
+    number = len(server.asked)
+    common.load_data("coco", str(server.root / "coco"), fetch=True)
+    assert len(server.asked) == number and not list(server.root.rglob("*.zip"))
+
+
+def test_download_gives_up_with_the_address(server):
+    server.flaws += ["wrong"] * 5
+    with pytest.raises(InputError, match="train2014.zip cannot be fetched: its md5 is wrong"):
+        common.load_data("coco", str(server.root), fetch=True)
+
+
+def test_download_refuses_names_outside_the_root_and_a_full_disk(server, monkeypatch):
+    content, address = io.BytesIO(), "zips/train2014.zip"
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("../outside.txt", "x")
+    server.files[f"/{address}"] = content.getvalue()
+    common.COCO_ARCHIVES[address] = hashlib.md5(content.getvalue()).hexdigest()
+    with pytest.raises(InputError, match="outside"):
+        common.load_data("coco", str(server.root / "coco"), fetch=True)
+    assert not (server.root / "outside.txt").exists()
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(InputError, match="make room"):
+        common.load_data("coco", str(server.root / "other"), fetch=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "word"), [("cub", "1.1 GB"), ("vg200", "VG_100K"), ("nuswide", "30 GB")]
+)
+def test_what_cannot_be_downloaded_says_where_it_is(name, word, tmp_path):
+    with pytest.raises(InputError, match=word) as error:
+        common.load_data(name, str(tmp_path), fetch=True)
+    assert "--download cannot fetch" in str(error.value)
+
+
+def test_voc_comes_through_torchvision(voc, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(common, "VOCDetection", lambda *a, **k: asked.append((a[1:], k)))
+    assert len(common.load_data("voc2007", str(voc), fetch=True).train.y) == 1
+    assert asked == [(("2007", part), {"download": True}) for part in ("trainval", "test")]
 
 
 def test_toy_world_is_the_same_every_time_and_follows_its_contexts():
