@@ -637,7 +637,7 @@ def pretrained_toy_clip() -> nn.Module:
         pairs = ((logits, right), (logits.T, right.T))
         return sum(nn.functional.cross_entropy(x, r / r.sum(1, True)) for x, r in pairs) / 2
 
-    return fit(net, loss, len(y), steps=500, lr=2e-3)
+    return fit(net, loss, len(y), steps=300, lr=1e-3)
 
 
 CLIP_MEAN_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD

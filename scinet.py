@@ -51,7 +51,7 @@ RECIPES = {
         crops=(448, 384, 320), medium=(1, 9, 0), strong=(3, 9, 0.5), workers=4,
     ),
     "toy": dict(  # RandAugment changes colours and sizes, by which toy objects are known
-        arch="toy", size=96, epochs=6, batch_size=64, lr=2e-3,
+        arch="toy", size=96, epochs=4, batch_size=64, lr=2e-3,
         crops=(512, 448), medium=(0, 0, 0.5), strong=(0, 0, 1), workers=0,
     ),
 }  # fmt: skip

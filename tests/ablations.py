@@ -45,7 +45,6 @@ ROWS = {
         "without fusion": ("--lambda-n 0 --lambda-q 0", (0.1, 0.3)),
         "instance graph only": ("--lambda-q 0", (0.1, 0.3)),
         "label graph only": ("--lambda-n 0", (0.1, 0.3)),
-        "lambdas of the paper": ("--lambda-n 0.1 --lambda-q 0.4", (0.1, 0.3)),
         "without the text-dominant half": ("--no-text-dominant", (0.1, 0.3)),
         "without the visual-dominant half": ("--no-visual-dominant", (0.1, 0.3)),
     },
@@ -106,7 +105,10 @@ def main() -> None:
     }
     if not args.table_only:
         with ThreadPoolExecutor(args.jobs) as pool:
-            for (row, known), outs in cells.items():
+            # method and baseline first, then one proportion after the other
+            order = [*rows]
+            for row, known in sorted(cells, key=lambda cell: (order.index(cell[0]) > 1, cell[1])):
+                outs = cells[row, known]
                 for seed, out in zip(args.seeds, outs, strict=True):
                     if not finished(out):
                         pool.submit(train, args.script, rows[row][0], known, seed, out, args.jobs)

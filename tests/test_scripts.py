@@ -2,6 +2,7 @@
 """What all three scripts promise on the command line."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -228,3 +229,15 @@ def test_training_on_cuda_in_bf16(name, call):
     flags = "--device cuda --precision bf16 --out run".split()
     status, _, error = call(name, *small(name), *flags)
     assert status == 0, error
+
+
+def test_readme_names_functions_and_lengths_that_are_true():
+    text = (ROOT / "README.md").read_text()
+    named = re.findall(r"`(sst|cbsa|scinet|common)\.(\w+)`", text)
+    named = [(module, name) for module, name in named if name != "py"]
+    assert len(named) > 25
+    for module, name in named:
+        assert hasattr(sys.modules[module], name), f"{module}.{name}"
+    for name in (*SCRIPTS, "common"):
+        lines = len((ROOT / f"{name}.py").read_text().splitlines())
+        assert re.search(rf"`{name}\.py`.* {lines} (\||lines)|`{name}\.py` \({lines} lines\)", text)
