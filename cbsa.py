@@ -52,8 +52,8 @@ RECIPES = {
         head_lr=1e-3, ema=0.999, crops=(448, 384, 320), augment=(2, 9), erase=0.33, workers=4,
     ),
     "toy": dict(  # RandAugment changes colours and sizes, by which toy objects are known
-        arch="toy", size=96, epochs=5, warm_up=1, batch_size=64, lr=2e-4, head_lr=1e-2,
-        ema=0.98, crops=(512, 448), augment=(0, 0), erase=0.1, workers=0,
+        arch="toy", size=96, epochs=6, warm_up=1, batch_size=64, lr=2e-4, head_lr=1e-2,
+        ema=0.98, crops=(448,), augment=(0, 0), erase=0.1, workers=0,
     ),
 }  # fmt: skip
 CONTEXTS = {"toy": 4, "voc2007": 4, "voc2012": 4, "coco": 10, "nuswide": 10}

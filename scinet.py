@@ -52,7 +52,7 @@ RECIPES = {
     ),
     "toy": dict(  # RandAugment changes colours and sizes, by which toy objects are known
         arch="toy", size=96, epochs=4, batch_size=64, lr=2e-3,
-        crops=(512, 448), medium=(0, 0, 0.5), strong=(0, 0, 1), workers=0,
+        crops=(448,), medium=(0, 0, 0.5), strong=(0, 0, 1), workers=0,
     ),
 }  # fmt: skip
 # the model hangs on these: --eval and --predict take them from the checkpoint
