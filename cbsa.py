@@ -10,8 +10,8 @@ show it.
 
 Only the abstract and the captions of the figures are public to us. From them: label-specific image
 features by CLIP's text encoder, their one-to-one alignment, contexts by spectral clustering of the
-label correlations, learned on labelled and unlabelled images, class-wise thresholds. Each formula
-below is marked *abstract* where that is all of it, and *our reading* where we filled it in.
+label correlations, learned on labelled and unlabelled images, class-wise thresholds. What a
+docstring marks *abstract* or *Figure* is in these; every formula is our reading.
 
 Run:  python cbsa.py                                               toy world, 5 % of the images
       python cbsa.py --no-unlabelled                               the baseline, supervised only
@@ -62,6 +62,10 @@ MODEL_ARGS = "arch size whole_image one_prompt no_context contexts tau".split()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--data", default="toy")
+    first.error = common.refuse
+    data = first.parse_known_args(argv)[0].data  # it decides the defaults, which --help shows
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -92,7 +96,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ema", type=float, help="decay of the teacher, a step")
     add("--warm-up", type=int, help="first epochs, on labelled images only")
     add = parser.add_argument_group("run").add_argument
-    add("--epochs", type=int)
+    add("--epochs", type=int, help="length of the schedule")
     add("--stop-after", type=int, metavar="E", help="end this run after epoch E of its schedule")
     add("--batch-size", type=int, help="half of it labelled")
     add("--lr", type=float, help="highest rate of the image tower")
@@ -105,10 +109,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", help="for log.jsonl, last.pt, samples.png; default runs/cbsa-DATA-N")
     add("--resume", metavar="{auto,PATH}", help="continue OUT/last.pt if it is there, or PATH")
     add("--dry-run", action="store_true", help="a few steps on a few images, nothing written")
-    data = parser.parse_known_args(argv)[0].data
     parser.set_defaults(**RECIPES["toy" if data == "toy" else "real"])
     parser.set_defaults(contexts=CONTEXTS.get(data, 0))
-    return common.check_args(parser.parse_args(argv))
+    args = common.check_args(parser.parse_args(argv))
+    if args.dry_run:
+        args.warm_up = 0
+    for name in "tau head_lr".split():
+        if not getattr(args, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
+    for name in "lambda_u lambda_c warm_up".split():
+        if not getattr(args, name) >= 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is below 0")
+    if not 0 <= args.ema < 1:
+        raise InputError(f"--ema {args.ema} must be in [0, 1)")
+    if args.warm_up >= args.epochs and not args.no_unlabelled:
+        raise InputError(f"--warm-up {args.warm_up} leaves no epoch of {args.epochs} after it")
+    return args
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -220,6 +236,8 @@ def find_contexts(y: np.ndarray, number: int, smooth: float = 1.0, epsilon: floa
     the diagonal keeps a label that never co-occurs from being a context by itself. Our reading.
     """
     present, C = (y == 1).astype(float), y.shape[1]
+    if C < 3 and number == 0:
+        return np.zeros(C, int)  # too few for an eigengap
     count = present.sum(0)
     p = present.T @ present + smooth * present.mean(0)
     p /= count[:, None] + smooth
@@ -247,13 +265,15 @@ def context_labels(y: Tensor, member: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pseudo_labels(score: Tensor, y: Tensor, one_threshold: bool = False) -> Tensor:
-    """Class-wise thresholds (abstract), class-distribution-aware (our reading): (m, C) in {1, -1}.
+    """Class-wise thresholds (Figure 2), class-distribution-aware (our reading): (m, C), 1 or -1.
 
     Args: score (m, C) of the unlabelled images; y (n, C) of the labelled ones. Of every class the
     round(prior m) highest scores are positive, ties by order; a class not seen in y gets none.
     `one_threshold`: as many positives in total, by one threshold for all classes.
     """
-    number = (class_prior(y) * len(score)).round().long() * (y == 1).any(0)  # (C,)
+    seen = (y == 1).any(0)
+    number = (class_prior(y) * len(score)).round().long() * seen  # (C,)
+    score = score.masked_fill(~seen, -math.inf)
     if one_threshold:
         score, number, shape = score.reshape(-1, 1), number.sum()[None], score.shape
     else:
@@ -298,7 +318,9 @@ def train_one_epoch(net, teacher, loader, optimizer, scheduler, targets, args, e
     net.train()
     total, device = defaultdict(float), net.bias.device
     classes, contexts, labelled = (t.to(device) for t in targets)
+    begin, seen = time.time(), 0
     for images, _, index in common.progress(loader, f"epoch {epoch}"):
+        seen += len(index)
         index = index.to(device, non_blocking=True)
         logits, context_logits, _ = net(images.to(device, non_blocking=True))
         y, g, known = classes[index], contexts[index], labelled[index, None]
@@ -321,6 +343,7 @@ def train_one_epoch(net, teacher, loader, optimizer, scheduler, targets, args, e
         for name, value in (dict(loss=loss) | parts).items():
             total[name] += value.detach() / len(loader)  # no .item() here: the step never waits
     entry = {name: value.item() for name, value in total.items()}
+    entry["images_per_second"] = seen / (time.time() - begin)
     if bad := [name for name, value in entry.items() if not math.isfinite(value)]:
         raise InputError(f"epoch {epoch}: {bad[-1]} is not finite; a lower --lr may help")
     return entry
@@ -375,14 +398,22 @@ def main() -> None:
     device = common.pick_device(args.device)
     torch.manual_seed(args.seed)
     state = common.load_checkpoint(args, "cbsa", MODEL_ARGS)
-    if args.predict:
+    if args.eval or args.predict:
         net = CBSA(args, state["classes"], len(state["teacher"]["context.bias"])).to(device)
         net.load_state_dict(state["teacher"])
+    if args.predict:
         return common.predict(lambda x: net.eval()(x)[0], args, state["classes"], device)
 
     data = common.load_data(args.data, args.root, args.limit, args.download)
     y = common.hide_images(data.train.y, args.known, args.mask_seed)
     run = dict(method="cbsa", data=args.data, classes=data.classes, mask=common.mask_hash(y))
+    test_loader = common.test_loader(data, args)
+    if state:
+        common.check_same_run(state, run, args)
+    if args.eval:
+        metrics, logits = evaluate(net, test_loader, data.test.y)
+        return common.report_test(data, metrics, logits, args)
+
     labelled = (y != 0).any(1)
     if not labelled.any():
         raise InputError(f"--known {args.known} of {len(y)} images leaves none labelled")
@@ -390,15 +421,10 @@ def main() -> None:
     member = F.one_hot(torch.tensor(cluster).long()).float()  # (C, G)
     net = CBSA(args, data.classes, member.shape[1])
     net.to(device, memory_format=torch.channels_last)
-    test_loader = common.test_loader(data, args)
     teacher = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     if state:
-        common.check_same_run(state, run, args)
         net.load_state_dict(state["model"])
         teacher.module.load_state_dict(state["teacher"])
-    if args.eval:
-        metrics, logits = evaluate(teacher.module, test_loader, data.test.y)
-        return common.report_test(data, metrics, logits, args)
 
     weak = [common.train_transform(args.size, args.crops)]
     erasing = v2.RandomErasing(0.5, (0.02, args.erase))
@@ -410,7 +436,7 @@ def main() -> None:
     weak_loader = common.make_loader(data.train.images, y, weak, weak_sampler, args)
     tower = [p for p in net.visual.parameters() if p.requires_grad]
     head = [net.scale, net.bias, *net.context.parameters()]
-    groups = [dict(params=tower, lr=args.lr), dict(params=head, lr=args.head_lr)]
+    groups = [dict(params=tower, lr=args.lr), dict(params=head, lr=args.head_lr, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [args.lr, args.head_lr], total_steps=args.epochs * len(loader)
@@ -421,8 +447,8 @@ def main() -> None:
         scheduler.load_state_dict(state["scheduler"])
         teacher.n_averaged.fill_(state["averaged"])
         start, best, metrics = state["epoch"] + 1, state["best"], state["metrics"]
-        common.set_generators(state["generators"])
-    log = common.RunLog(args, run, y, start)
+        common.set_generators(state["generators"], device)
+    log = common.RunLog(args, run, y, start, device)
     for k in range(member.shape[1]):
         print(f"context {k}:", ", ".join(data.classes[c] for c in np.flatnonzero(cluster == k)))
     truth, known = torch.tensor(data.train.y), torch.tensor(y)
@@ -452,12 +478,11 @@ def main() -> None:
         counts = common.pseudo_counts(classes[unl], known[unl], truth[unl])
         targets = classes, contexts, torch.tensor(labelled)
         parts = train_one_epoch(net, teacher, loader, optimizer, scheduler, targets, args, epoch)
-        speed = len(loader) * args.batch_size / (time.time() - begin)
         metrics, logits = evaluate(teacher.module, test_loader, data.test.y)
         del metrics["ap"]
         best = max(best or metrics, metrics, key=lambda m: m["mAP"])
         quality = common.pseudo_quality(dict(pseudo=counts))
-        log.epoch(entry | parts | metrics | quality, begin, speed)
+        log.epoch(entry | parts | metrics | quality, begin)
         state = dict(model=net.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch)
         state |= dict(scheduler=scheduler.state_dict(), teacher=teacher.module.state_dict())
         state |= dict(averaged=int(teacher.n_averaged), metrics=metrics, best=best)

@@ -855,7 +855,7 @@ def pseudo_quality(counts: dict[str, Tensor]) -> dict:
     entry = {}
     for name, values in counts.items():
         guessed, right, hidden, images = values.tolist()
-        entry[f"{name}_per_image"] = guessed / images
+        entry[f"{name}_per_image"] = guessed / max(images, 1)
         entry[f"{name}_precision"] = right / guessed if guessed else None
         entry[f"{name}_recall"] = right / hidden if hidden else None
     return entry
@@ -870,14 +870,16 @@ def check_args(args: Namespace) -> Namespace:
     for name in "size epochs batch_size lr limit stop_after".split():
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
-    if args.workers < 0:
-        raise InputError(f"--workers {args.workers} must not be below 0")
+    for name in "workers seed mask_seed".split():
+        if not 0 <= getattr(args, name) < 2**32:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} {getattr(args, name)} must be from 0 to 2^32 - 1")
     if (args.eval or args.predict) and args.resume in (None, "auto"):
         raise InputError("--eval and --predict need --resume PATH, the last.pt of a run")
     if args.resume == "auto" and not args.out:
         raise InputError("--resume auto needs --out, the folder of the run to continue")
     if args.dry_run:
-        args.limit, args.epochs = 2 * args.batch_size, 1
+        args.limit, args.epochs = max(64, 2 * args.batch_size), 1
     return args
 
 
@@ -927,11 +929,13 @@ def load_checkpoint(args: Namespace, method: str, model_args: Sequence[str]) -> 
         raise InputError(f"--resume {path} is no readable checkpoint ({why})") from None
     if found != method:
         raise InputError(f"--resume {path} was written by {found}.py; use that")
-    for name in model_args:
+    schedule = {"epochs", "batch_size", "lr", "train_trunk"} & state["args"].keys()
+    for name in (*model_args, *sorted(schedule)):
         old, new = state["args"][name], getattr(args, name)
         if old != new and not (args.eval or args.predict):
             raise InputError(f"--resume {path}: {name} was {old} and is {new} now; give {old}")
-        setattr(args, name, old)
+        if name in model_args:
+            setattr(args, name, old)
     args.weights = "none"
     return state
 
@@ -943,23 +947,25 @@ def check_same_run(state: dict, run: dict, args: Namespace) -> None:
             raise InputError(f"--resume: {name} was {state[name]} and is {value} now")
 
 
-def set_generators(state: dict) -> None:
+def set_generators(state: dict, device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 class RunLog:
     """The folder OUT of a run: log.jsonl, last.pt, samples.png. A dry run writes nothing.
 
     log.jsonl begins with {"run": ...} and has one object an epoch, echoed as a line on stdout.
-    `start` is the first epoch of this process: on resume, later lines are dropped.
+    `start` is the first epoch of this process: after a checkpoint, later lines are dropped.
     """
 
-    def __init__(self, args: Namespace, run: dict, y: np.ndarray, start: int) -> None:
+    def __init__(
+        self, args: Namespace, run: dict, y: np.ndarray, start: int, device: torch.device
+    ) -> None:
         free = (f"runs/{run['method']}-{run['data']}-{n}" for n in count(1))
         self.out = Path(args.out or next(path for path in free if not Path(path).exists()))
-        self.args, self.run = args, run
+        self.args, self.run, self.device = args, run, device
         if (self.out / "last.pt").exists() and not args.resume:
             raise InputError(f"--out {self.out} holds a run; add --resume auto, or choose another")
         where = "nothing is written" if args.dry_run else f"log in {self.out}"
@@ -969,28 +975,32 @@ class RunLog:
         if args.dry_run:
             return
         versions = dict(python=platform.python_version(), torch=torch.__version__)
+        cuda = device.type == "cuda"
+        versions["device"] = torch.cuda.get_device_name(device) if cuda else str(device)
         line = run | versions | dict(command=sys.argv, seed=args.seed, args=vars(args))
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             path, lines = self.out / "log.jsonl", [json.dumps({"run": line})]
-            if args.resume and path.exists():
-                first, *rest = path.read_text().splitlines()
-                lines = [first, *(line for line in rest if json.loads(line)["epoch"] < start)]
+            if start > 1 and path.exists():
+                first, *rest = path.read_text().splitlines(keepends=True)
+                whole = (line.strip() for line in rest if line.endswith("\n"))
+                lines = [first.strip(), *(x for x in whole if json.loads(x)["epoch"] < start)]
             path.write_text("".join(f"{line}\n" for line in lines))
         except OSError as error:
             raise InputError(f"--out {self.out}: {error.strerror}") from None
 
     def write(self, entry: dict) -> None:
         if not self.args.dry_run:
+            entry = {k: None if v != v else v for k, v in entry.items()}  # JSON knows no NaN
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    def epoch(self, entry: dict, begin: float, speed: float) -> None:
-        """Log an epoch that began at time `begin` and trained `speed` images a second."""
+    def epoch(self, entry: dict, begin: float) -> None:
+        """Log an epoch that began at time `begin`."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if torch.cuda.is_initialized():
-            peak = torch.cuda.max_memory_allocated()
-        entry |= dict(seconds=time.time() - begin, images_per_second=speed)
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        entry |= dict(seconds=time.time() - begin)
         self.write(entry | dict(peak_memory_gb=peak / 2**30))
         line = "epoch {epoch:3d}  loss {loss:.4f}  mAP {mAP:.2f}  mAP-interp {mAP_interp:.2f}"
         line += "  OF1 {OF1:.1f}  CF1 {CF1:.1f}  {seconds:.1f} s  {images_per_second:.0f} images/s"
@@ -1000,7 +1010,9 @@ class RunLog:
 
     def checkpoint(self, state: dict) -> None:
         if not self.args.dry_run:
-            generators = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
+            generators = dict(cpu=torch.get_rng_state())
+            if self.device.type == "cuda":
+                generators["cuda"] = torch.cuda.get_rng_state(self.device)
             state |= self.run | dict(args=vars(self.args), generators=generators)
             save_checkpoint(self.out / "last.pt", state)
 

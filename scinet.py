@@ -10,8 +10,7 @@ Only the abstract, one paragraph and the captions of the figures are public to u
 authors released holds none of the three modules. From them: frozen encoders and a learned prompt
 [v1 .. vm, CLASS]; a Gaussian graph of instances, a Pearson graph of labels, one confidence matrix;
 weak, medium and strong views, consistency, self-distillation, difficulty; lambda_n = 0.1,
-lambda_q = 0.4, width 0.3. Each formula below is marked *paper* where that is all of it, and *our
-reading* where we filled it in.
+lambda_q = 0.4, width 0.3. What a docstring marks *paper* is in these; every formula is our reading.
 
 Run:  python scinet.py                                             toy world, 10 % known
       python scinet.py --no-augment                                the baseline, known labels only
@@ -60,6 +59,10 @@ MODEL_ARGS = "arch size no_text_dominant no_visual_dominant rank tau_u".split()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--data", default="toy")
+    first.error = common.refuse
+    data = first.parse_known_args(argv)[0].data  # it decides the defaults, which --help shows
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -92,10 +95,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lambda-u", type=float, default=1.0, help="weight of the consistency losses")
     add("--ramp", type=int, default=2, help="epochs in which that weight grows from 0")
     add = parser.add_argument_group("run").add_argument
-    add("--epochs", type=int)
+    add("--epochs", type=int, help="length of the schedule")
     add("--stop-after", type=int, metavar="E", help="end this run after epoch E of its schedule")
-    add("--batch-size", type=int)
-    add("--lr", type=float)
+    add("--batch-size", type=int, help="images a step")
+    add("--lr", type=float, help="learning rate")
     add("--workers", type=int, help="processes that decode images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -104,8 +107,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", help="for log.jsonl, last.pt, samples.png; default runs/scinet-DATA-N")
     add("--resume", metavar="{auto,PATH}", help="continue OUT/last.pt if it is there, or PATH")
     add("--dry-run", action="store_true", help="a few steps on a few images, nothing written")
-    toy = parser.parse_known_args(argv)[0].data == "toy"
-    parser.set_defaults(**RECIPES["toy" if toy else "real"])
+    parser.set_defaults(**RECIPES["toy" if data == "toy" else "real"])
     args = common.check_args(parser.parse_args(argv))
     for name in "lambda_n lambda_q lambda_u kappa ramp".split():
         if not getattr(args, name) >= 0:
@@ -136,8 +138,9 @@ class PromptEncoder(nn.Module):
 
     def __init__(self, clip: nn.Module, tokens: Tensor) -> None:
         super().__init__()
-        self.end = tokens.argmax(1)  # the end-of-text token has the highest number
-        tokens = tokens[:, : self.end.max() + 1]  # the mask is causal: what follows has no effect
+        end = tokens.argmax(1)  # the end-of-text token has the highest number
+        self.register_buffer("end", end, persistent=False)
+        tokens = tokens[:, : end.max() + 1]  # the mask is causal: what follows has no effect
         self.tower = nn.ModuleDict(dict(transformer=clip.transformer, ln_final=clip.ln_final))
         self.register_buffer("position", clip.positional_embedding.detach()[: tokens.shape[1]])
         self.register_buffer("projection", clip.text_projection.detach())
@@ -196,7 +199,7 @@ class SCINet(nn.Module):
             text_dominant = text_dominant_scores(f, t, self.up(self.down(f)))
         if self.image:
             visual_dominant = visual_dominant_scores(f, t, z, self.beta, self.tau)
-        # p_ic = sigma(gamma / 2 [<f_i, t_ic> + <f_ic, t_c>] + bias)
+        # our reading: p_ic = sigma(gamma / 2 [<f_i, t_ic> + <f_ic, t_c>] + bias)
         return self.gamma / 2 * (text_dominant + visual_dominant) + self.bias, f
 
 
@@ -362,33 +365,37 @@ def targets(q: Tensor, y: Tensor, threshold: Tensor) -> Tensor:
 def train_one_epoch(net, loader, optimizer, scheduler, state, truth, epoch, args) -> dict:
     """One pass over weak, medium and strong views. Returns log entries; updates `state`.
 
-    state: p (n, C), the fused confidence of all images; s, the scores of the weak views, and count
-    (C,) of passed targets, both refilled here; sharp (C, C). `truth` serves the diagnostics.
+    state: p (n, C), the fused confidence of all images; s (n, C), the scores of the weak views, and
+    count (C,) of passed targets, both of the images seen here (an epoch leaves out a last smaller
+    batch, whose scores stay); sharp (C, C). `truth` serves the diagnostics.
     """
     net.train()
     total, guessed, device = defaultdict(float), 0, net.bias.device
     threshold = class_thresholds(state["count"], args.tau).to(device)
-    count, ramp = torch.zeros_like(threshold), min(1.0, (epoch - 1) / max(args.ramp, 1))
+    count = torch.zeros_like(threshold)
+    ramp = min(1.0, (epoch - 1) / args.ramp) if args.ramp else 1.0
+    begin, seen, found, sharp = time.time(), 0, [], state["sharp"].to(device)
     for *views, y, index in common.progress(loader, f"epoch {epoch}"):
+        seen += len(index)
         y = y.to(device, non_blocking=True)
         logits = net(torch.cat(views).to(device, non_blocking=True))[0].chunk(len(views))
         weak = torch.sigmoid(logits[0].detach())
-        state["s"][index] = weak.cpu()
+        found.append((index, weak))
         known = (y != 0).float()
         parts = dict(loss_known=weighted_bce(logits[0], (y == 1).float(), known))
         loss = parts["loss_known"]
         if not args.no_augment:
             medium, strong = (torch.sigmoid(x.detach()) for x in logits[1:])
             weight, p = difficulty_weight(weak, strong, y), state["p"][index].to(device)
-            # L_a: weak teaches medium; L_b: medium teaches strong; P teaches with either
+            # our reading: weak and P teach medium in L_a, medium and P teach strong in L_b
             for name, easier, x in (("a", weak, logits[1]), ("b", medium, logits[2])):
                 q = torch.where(y == 0, (p + easier) / 2, known * (y == 1))
                 passed = targets(q, y, threshold) != 0
                 parts[f"loss_{name}"] = weighted_bce(x, q, weight * passed)
             # self-distillation: the weak view, its labels seen through the sharp label graph
-            soft = weak @ state["sharp"].to(device)
+            soft = weak @ sharp
             parts["loss_self"] = weighted_bce(logits[0], soft, weight * (y == 0))
-            # L = L_known + lambda_u (L_a + L_b + L_self)
+            # our reading: L = L_known + lambda_u (L_a + L_b + L_self)
             unknown = parts["loss_a"] + parts["loss_b"] + parts["loss_self"]
             loss = loss + ramp * args.lambda_u * unknown
             q = (p + weak) / 2
@@ -402,7 +409,10 @@ def train_one_epoch(net, loader, optimizer, scheduler, state, truth, epoch, args
         for name, value in (dict(loss=loss) | parts).items():
             total[name] += value.detach() / len(loader)  # no .item() here: the step never waits
     state["count"] = count.cpu()
+    index, weak = (torch.cat(v) for v in zip(*found, strict=True))
+    state["s"][index] = weak.cpu()
     entry = {name: value.item() for name, value in total.items()}
+    entry["images_per_second"] = seen / (time.time() - begin)
     if bad := [name for name, value in entry.items() if not math.isfinite(value)]:
         raise InputError(f"epoch {epoch}: {bad[-1]} is not finite; a lower --lr may help")
     if args.no_augment:
@@ -465,30 +475,33 @@ def main() -> None:
     plain = [common.test_transform(args.size)]
     plain_loader = common.make_loader(data.train.images, y, plain, plain_sampler, args)
     learned = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, args.lr)
+    scalars = [net.gamma, net.beta, net.bias]  # decay would pull them away from CLIP's
+    rest = [p for p in learned if all(p is not q for q in scalars)]
+    groups = [dict(params=rest), dict(params=scalars, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, args.lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))
     known, truth = torch.tensor(y), torch.tensor(data.train.y)
     a_q, start, best, metrics = label_graph(known, args.kappa, args.related), 1, None, None
-    logits, f = scores(net, plain_loader, len(y))
+    first, f = scores(net, plain_loader, len(y))
     a_n = instance_graph(f.to(device), args.neighbours, args.sigma)
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         memory, start, best = state["memory"], state["epoch"] + 1, state["best"]
         metrics = state["metrics"]
-        common.set_generators(state["generators"])
-    log = common.RunLog(args, run, y, start)
+        common.set_generators(state["generators"], device)
+    log = common.RunLog(args, run, y, start, device)
     if not state:
         # CLIP's cosines are all positive: the mean of a class's logits becomes its prior's
         prior = ((known == 1).sum(0) + 0.5) / ((known != 0).sum(0) + 1)
-        net.bias.data = (prior.logit() - logits.mean(0)).to(device)
-        s = torch.sigmoid(logits + net.bias.data.cpu())
+        net.bias.data = (prior.logit() - first.mean(0)).to(device)
+        s = torch.sigmoid(first + net.bias.data.cpu())
         memory = dict(s=s, count=((s >= args.tau) & (known == 0)).sum(0))
         zero_shot = evaluate(net, test_loader, data.test.y)[0]["mAP"]
         print(f"zero-shot mAP: {zero_shot:.2f}", flush=True)
         log.write(dict(epoch=0, mAP=zero_shot))
     sharp = torch.eye(len(a_q)) + a_q.square()
-    memory["sharp"] = sharp / sharp.sum(0)
+    memory["sharp"], logits = sharp / sharp.sum(0), None
     if args.compile:
         net.compile()
     for epoch in range(start, args.epochs + 1):
@@ -499,11 +512,10 @@ def main() -> None:
         hidden = dict(hidden_mAP=hidden_map(before, known, truth))
         hidden["hidden_mAP_fused"] = hidden_map(memory["p"], known, truth)
         parts = train_one_epoch(net, loader, optimizer, scheduler, memory, truth, epoch, args)
-        speed = len(loader) * args.batch_size / (time.time() - begin)
         metrics, logits = evaluate(net, test_loader, data.test.y)
         del metrics["ap"]
         best = max(best or metrics, metrics, key=lambda m: m["mAP"])
-        log.epoch(entry | parts | metrics | hidden, begin, speed)
+        log.epoch(entry | parts | metrics | hidden, begin)
         state = dict(model=net.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch)
         state |= dict(scheduler=scheduler.state_dict(), memory=memory, metrics=metrics, best=best)
         log.checkpoint(state)
@@ -511,7 +523,8 @@ def main() -> None:
             return print(f"stopped after epoch {epoch}; --out {log.out} --resume auto continues")
     columns = {"last epoch": metrics, "best on test (what most papers report)": best}
     print(common.metrics_table(columns))
-    log.samples(data, logits, hidden_cells(data, known, before, memory["p"]))
+    if logits is not None:
+        log.samples(data, logits, hidden_cells(data, known, before, memory["p"]))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,10 @@ MODEL_ARGS = "arch train_trunk size width hidden sarl no_ist stat_cooc".split()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--data", default="toy")
+    first.error = common.refuse
+    data = first.parse_known_args(argv)[0].data  # it decides the defaults, which --help shows
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -94,10 +98,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--theta-intra", type=float, default=0.75, help="lowest threshold of Eq. 2")
     add("--theta-cross", type=float, default=0.75, help="lowest threshold of Eq. 6")
     add = parser.add_argument_group("run").add_argument
-    add("--epochs", type=int)
+    add("--epochs", type=int, help="length of the schedule")
     add("--stop-after", type=int, metavar="E", help="end this run after epoch E of its schedule")
-    add("--batch-size", type=int)
-    add("--lr", type=float)
+    add("--batch-size", type=int, help="images a step")
+    add("--lr", type=float, help="learning rate")
     add("--workers", type=int, help="processes that decode images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -106,8 +110,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", help="for log.jsonl, last.pt, samples.png; default runs/sst-DATA-N")
     add("--resume", metavar="{auto,PATH}", help="continue OUT/last.pt if it is there, or PATH")
     add("--dry-run", action="store_true", help="a few steps on a few images, nothing written")
-    toy = parser.parse_known_args(argv)[0].data == "toy"
-    parser.set_defaults(**RECIPES["toy" if toy else "real"])
+    parser.set_defaults(**RECIPES["toy" if data == "toy" else "real"])
     return common.check_args(parser.parse_args(argv))
 
 
@@ -399,7 +402,9 @@ def train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args) -> tu
     device, zero = prototype.device, prototype.new_zeros(())
     sums, count = torch.zeros_like(prototype), prototype.new_zeros(len(prototype), 1)
     total, guessed = defaultdict(float), defaultdict(int)
+    begin, seen = time.time(), 0
     for images, y, index in common.progress(loader, f"epoch {epoch}"):
+        seen += len(index)
         images, y = images.to(device, non_blocking=True), y.to(device, non_blocking=True)
         f, logits, pair_logits = net(images)
         intra, cross, loss_ist, loss_cst, loss_intra, loss_cross = y, y, zero, zero, zero, zero
@@ -435,6 +440,7 @@ def train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args) -> tu
         for name, labels in pseudo.items():
             guessed[name] += common.pseudo_counts(labels, y, truth[index].to(device))
     entry = {name: value.item() for name, value in total.items()}
+    entry["images_per_second"] = seen / (time.time() - begin)
     if bad := [name for name, value in entry.items() if not math.isfinite(value)]:
         raise InputError(f"epoch {epoch}: {bad[-1]} is not finite; a lower --lr may help")
     return entry | common.pseudo_quality(guessed), sums / count.clamp(min=1)
@@ -489,21 +495,20 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         prototype, start, best = state["prototype"].to(device), state["epoch"] + 1, state["best"]
-        common.set_generators(state["generators"])
+        common.set_generators(state["generators"], device)
     if args.compile:
         net.compile()
-    log = common.RunLog(args, run, y, start)
+    log = common.RunLog(args, run, y, start, device)
     truth, metrics, logits = torch.tensor(data.train.y), state and state["metrics"], None
     for epoch in range(start, args.epochs + 1):
         sampler.epoch, begin = epoch, time.time()
         entry = dict(epoch=epoch, lr=scheduler.get_last_lr()[0])
         parts, prototype = train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args)
         scheduler.step()
-        speed = len(loader) * args.batch_size / (time.time() - begin)
         metrics, logits = evaluate(net, test_loader, data.test.y)
         del metrics["ap"]
         best = max(best or metrics, metrics, key=lambda m: m["mAP"])
-        log.epoch(entry | parts | metrics, begin, speed)
+        log.epoch(entry | parts | metrics, begin)
         state = dict(model=net.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch)
         state |= dict(scheduler=scheduler.state_dict(), prototype=prototype)
         log.checkpoint(state | dict(metrics=metrics, best=best))

@@ -225,6 +225,11 @@ def test_contexts_of_labels_never_seen_and_always_seen():
     assert found.shape == (14,) and set(found) == {0, 1, 2}
 
 
+def test_one_or_two_classes_are_one_context():
+    for classes in (1, 2):
+        assert cbsa.find_contexts(planted()[0][:, :classes], 0).tolist() == [0] * classes
+
+
 @pytest.mark.parametrize("number", [1, 15, -2])
 def test_a_number_of_contexts_out_of_range_is_refused(number):
     with pytest.raises(InputError, match="--contexts"):
@@ -263,8 +268,11 @@ def test_class_wise_thresholds_give_exact_counts(rng, ties):
 
 def test_global_threshold_gives_as_many_in_total_by_one_cut(rng):
     y, score = 2 * torch.randint(2, (30, C), generator=rng) - 1, double(rng, 101, C)
+    y[:, 1] = -1  # never seen: gets none
     each, one = cbsa.pseudo_labels(score, y), cbsa.pseudo_labels(score, y, one_threshold=True)
-    assert (one == 1).sum() == (each == 1).sum()
+    assert (one == 1).sum() == (each == 1).sum() and not (one[:, 1] == 1).any()
+    seen = [0, 2, 3, 4]
+    one, score = one[:, seen], score[:, seen]
     assert score[one == 1].min() > score[one == -1].max()
 
 

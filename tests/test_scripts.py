@@ -91,6 +91,10 @@ def test_stop_and_resume_equals_one_run_bit_for_bit(name, call, tmp_path):
     assert [{k: v for k, v in e.items() if k not in times} for e in a] == [
         {k: v for k, v in e.items() if k not in times} for e in b
     ]
+    again = call(name, *flags, "--out", "parts", "--resume", "auto")  # nothing is left to do
+    assert again[0] == 0 and f"{whole['metrics']['mAP']:.2f}" in again[1]
+    assert same(weights(load("parts")), weights(whole))
+    assert len(lines("parts")) == len(lines("whole"))
     assert "run" in lines("whole")[0] and Path("whole/samples.png").stat().st_size > 1000
 
     evaluated = call(name, "--limit", 48, "--eval", "--resume", "whole/last.pt")
@@ -105,6 +109,7 @@ def test_stop_and_resume_equals_one_run_bit_for_bit(name, call, tmp_path):
     for word, arguments in {
         "mask": [*flags, "--out", "parts", "--resume", "auto", "--mask-seed", 3],
         "holds a run": [*flags, "--out", "parts"],
+        "epochs": [*flags, "--out", "parts", "--resume", "auto", "--epochs", 3],
         "size": [*flags, "--out", "parts", "--resume", "auto", "--size", 128],
         "not-an-image": ["--predict", "not-an-image", "--resume", "whole/last.pt"],
         "junk.pt": ["--eval", "--resume", "junk.pt"],
@@ -172,6 +177,8 @@ BAD = [
     ("--lr 0", "--lr"),
     ("--size 0", "--size"),
     ("--workers -1", "--workers"),
+    ("--seed -1", "--seed"),
+    ("--mask-seed -1", "--mask-seed"),
     ("--limit 0", "--limit"),
     ("--device nosuch", "nosuch"),
     ("--precision fp8", "fp8"),
@@ -193,6 +200,10 @@ OWN_BAD = {
         ("--known 0.0001", "leaves none labelled"),
         ("--contexts 17 --weights none", "--contexts 17"),
         ("--contexts 1 --weights none", "--contexts 1"),
+        ("--tau 0", "--tau"),
+        ("--ema 2", "--ema"),
+        ("--warm-up -3", "--warm-up"),
+        ("--warm-up 9 --epochs 9", "--warm-up 9"),
     ],
     "scinet": [
         ("--arch ViT-B-16", "spatial"),
@@ -241,3 +252,29 @@ def test_readme_names_functions_and_lengths_that_are_true():
     for name in (*SCRIPTS, "common"):
         lines = len((ROOT / f"{name}.py").read_text().splitlines())
         assert re.search(rf"`{name}\.py`.* {lines} (\||lines)|`{name}\.py` \({lines} lines\)", text)
+
+
+@each
+def test_everything_known_is_a_run_too(name, call):
+    status, out, error = call(name, *small(name), "--known", 1, "--out", "run")
+    assert status == 0 and "last epoch" in out, error
+    assert all(json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines())
+
+
+@each
+def test_a_run_killed_before_its_first_checkpoint_starts_its_log_anew(name, call):
+    Path("run").mkdir()
+    Path("run/log.jsonl").write_text('{"run": {}}\n{"epoch": 0, "mAP": 1}\n{"epoch": 1, "lo')
+    status, _, error = call(name, *small(name), "--out", "run", "--resume", "auto")
+    assert status == 0, error
+    epochs = [entry["epoch"] for entry in lines("run")[1:]]
+    assert epochs == sorted(set(epochs)) and epochs[-1] == 2 and lines("run")[0]["run"]["method"]
+
+
+@each
+def test_help_shows_the_defaults_of_the_data_set(name, call):
+    status, out, _ = call(name, "--data", "coco", "--help")
+    assert status == 0
+    for flag in ("--epochs", "--batch-size", "--lr", "--arch", "--size"):
+        shown = re.search(rf"\n  {flag} .*?\n  --", out, re.S).group()
+        assert "default: " in shown and "default: None" not in shown, shown
