@@ -111,17 +111,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="a few steps on a few images, nothing written")
     parser.set_defaults(**RECIPES["toy" if data == "toy" else "real"])
     parser.set_defaults(contexts=CONTEXTS.get(data, 0))
-    args = common.check_args(parser.parse_args(argv))
+    not_below = "lambda_u lambda_c warm_up ema contexts"
+    args = common.check_args(parser.parse_args(argv), "tau head_lr", not_below)
     if args.dry_run:
         args.warm_up = 0
-    for name in "tau head_lr".split():
-        if not getattr(args, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
-    for name in "lambda_u lambda_c warm_up".split():
-        if not getattr(args, name) >= 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is below 0")
-    if not 0 <= args.ema < 1:
-        raise InputError(f"--ema {args.ema} must be in [0, 1)")
+    if args.ema >= 1:
+        raise InputError(f"--ema {args.ema} must be below 1")
     if args.warm_up >= args.epochs and not args.no_unlabelled:
         raise InputError(f"--warm-up {args.warm_up} leaves no epoch of {args.epochs} after it")
     return args

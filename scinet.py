@@ -108,16 +108,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", metavar="{auto,PATH}", help="continue OUT/last.pt if it is there, or PATH")
     add("--dry-run", action="store_true", help="a few steps on a few images, nothing written")
     parser.set_defaults(**RECIPES["toy" if data == "toy" else "real"])
-    args = common.check_args(parser.parse_args(argv))
-    for name in "lambda_n lambda_q lambda_u kappa ramp".split():
-        if not getattr(args, name) >= 0:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} {getattr(args, name)} must not be below 0")
-    for name in "rank tau_u sigma neighbours related tau".split():
-        if not getattr(args, name) > 0:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} {getattr(args, name)} must be above 0")
-    return args
+    above = "rank tau_u sigma neighbours related tau"
+    not_below = "lambda_n lambda_q lambda_u kappa ramp"
+    return common.check_args(parser.parse_args(argv), above, not_below)
 
 
 # ------------------------------------------------------------------------------------------- model

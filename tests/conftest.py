@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
@@ -21,3 +22,24 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def deterministic():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+def double(rng, *shape):
+    return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+
+def unit(rng, *shape):
+    return normalize(double(rng, *shape), dim=-1)
+
+
+def random_labels(rng, rows=6, classes=5):
+    return torch.randint(-1, 2, (rows, classes), generator=rng).to(torch.int8)
+
+
+def random_images(rng, size=96, n=3):
+    return torch.randint(256, (n, 3, size, size), generator=rng, dtype=torch.uint8)

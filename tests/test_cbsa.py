@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import double, random_images, random_labels, unit
 from sklearn.metrics import adjusted_rand_score
 
 import cbsa
@@ -15,23 +16,6 @@ import common
 from common import InputError
 
 B, C, D, N = 4, 5, 8, 9
-
-
-@pytest.fixture
-def rng():
-    return torch.Generator().manual_seed(0)
-
-
-def double(rng, *shape):
-    return torch.randn(*shape, generator=rng, dtype=torch.float64)
-
-
-def unit(rng, *shape):
-    return F.normalize(double(rng, *shape), dim=-1)
-
-
-def random_labels(rng, rows, classes=C):
-    return torch.randint(-1, 2, (rows, classes), generator=rng).to(torch.int8)
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -82,13 +66,9 @@ def small_net(flags="", contexts=4, weights="none"):
     return args, cbsa.CBSA(args, common.TOY_CLASSES, contexts).eval()
 
 
-def random_images(rng, size=96, n=2):
-    return torch.randint(256, (n, 3, size, size), generator=rng, dtype=torch.uint8)
-
-
 def test_logits_against_their_formula(rng):
     args, net = small_net()
-    images = random_images(rng)
+    images = random_images(rng, n=2)
     logits, contexts, attention = net(images)
     assert logits.shape == (2, 16) and contexts.shape == (2, 4) and attention.shape == (2, 16, 9)
     v = net.visual

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import double, random_images, random_labels, unit
 
 import common
 import scinet
@@ -15,31 +16,10 @@ from common import InputError
 B, C, D, N = 4, 5, 8, 9
 
 
-@pytest.fixture
-def rng():
-    return torch.Generator().manual_seed(0)
-
-
-def double(rng, *shape):
-    return torch.randn(*shape, generator=rng, dtype=torch.float64)
-
-
-def unit(rng, *shape):
-    return F.normalize(double(rng, *shape), dim=-1)
-
-
-def random_labels(rng, rows, classes=C):
-    return torch.randint(-1, 2, (rows, classes), generator=rng).to(torch.int8)
-
-
 def small_net(flags="", weights="none"):
     torch.manual_seed(0)
     args = scinet.parse_args(f"--weights {weights} {flags}".split())
     return args, scinet.SCINet(args, common.TOY_CLASSES).eval()
-
-
-def random_images(rng, size=96, n=3):
-    return torch.randint(256, (n, 3, size, size), generator=rng, dtype=torch.uint8)
 
 
 # ------------------------------------------------------------------------------------------- model

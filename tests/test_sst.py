@@ -7,24 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import double, random_labels
 
 import common
 import sst
 
 B, C, D = 6, 5, 7
-
-
-@pytest.fixture
-def rng():
-    return torch.Generator().manual_seed(0)
-
-
-def random_labels(rng, rows=B, classes=C):
-    return torch.randint(-1, 2, (rows, classes), generator=rng).to(torch.int8)
-
-
-def double(rng, *shape):
-    return torch.randn(*shape, generator=rng, dtype=torch.float64)
 
 
 def sigmoid(x):
