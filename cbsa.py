@@ -453,7 +453,7 @@ def main() -> None:
         logits = scores(net, weak_loader, len(y))[0]
         net.bias.data = (class_prior(known[lab]).logit() - logits.mean(0)).to(device)
         zero_shot = {}
-        for net.whole in (True, False, args.whole_image):
+        for net.whole in (not args.whole_image, args.whole_image):
             zero_shot[net.whole] = evaluate(net, test_loader, data.test.y)[0]["mAP"]
         text = "zero-shot mAP: whole image {:.2f}, label-specific {:.2f}"
         print(text.format(zero_shot[True], zero_shot[False]), flush=True)
