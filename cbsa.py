@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections import defaultdict
 
 import numpy as np
 import torch
@@ -296,7 +295,7 @@ class MixedSampler(common.EpochSampler):
             rounds = math.ceil(len(self) * size / len(part)) if len(part) else 0
             orders = [generator.permutation(part) for _ in range(rounds)]
             parts.append(np.concatenate([[], *orders]).astype(int))
-        for k in range(len(self)):
+        for k in range(self.skip, len(self)):
             batch = [part[k * size : (k + 1) * size] for part in parts[: 2 - self.only_labelled]]
             yield [(self.epoch, i) for i in np.concatenate(batch).tolist()]
 
@@ -304,20 +303,19 @@ class MixedSampler(common.EpochSampler):
 # ---------------------------------------------------------------------------------------- training
 
 
-def train_one_epoch(net, teacher, loader, optimizer, scheduler, targets, args, epoch) -> dict:
+def train_one_epoch(net, teacher, loader, optimizer, scheduler, labelled, args, epoch, tally):
     """One pass of the student over strong views; the teacher follows. Returns log entries.
 
-    targets: labels and pseudo-labels of classes (n, C) and contexts (n, G), and which images (n,)
-    are labelled.
+    labelled (n,): which images are. tally: labels and pseudo-labels of `classes` (n, C) and
+    `contexts` (n, G), and what the epoch has added up: see `common.add_losses`.
     """
     net.train()
-    total, device = defaultdict(float), net.bias.device
-    classes, contexts, labelled = (t.to(device) for t in targets)
-    begin, seen = time.time(), 0
+    classes, contexts = tally["classes"], tally["contexts"]
+    begin, seen, device = time.time(), 0, labelled.device
     for images, _, index in common.progress(loader, f"epoch {epoch}"):
+        outputs = net(images.to(device, non_blocking=True))[:2]
+        logits, context_logits, index = common.gather(*outputs, index.to(device, non_blocking=True))
         seen += len(index)
-        index = index.to(device, non_blocking=True)
-        logits, context_logits, _ = net(images.to(device, non_blocking=True))
         y, g, known = classes[index], contexts[index], labelled[index, None]
         parts = dict(
             loss_labelled=asymmetric_loss(logits, y * known),
@@ -332,32 +330,22 @@ def train_one_epoch(net, teacher, loader, optimizer, scheduler, targets, args, e
             loss = loss + args.lambda_c * context
         optimizer.zero_grad()
         loss.backward()
+        common.sum_gradients(net)
         optimizer.step()
         scheduler.step()
         teacher.update_parameters(net)
-        for name, value in (dict(loss=loss) | parts).items():
-            total[name] += value.detach() / len(loader)  # no .item() here: the step never waits
-    entry = {name: value.item() for name, value in total.items()}
-    entry["images_per_second"] = seen / (time.time() - begin)
-    if bad := [name for name, value in entry.items() if not math.isfinite(value)]:
-        raise InputError(f"epoch {epoch}: {bad[-1]} is not finite; a lower --lr may help")
-    return entry
+        common.add_losses(tally, parts | dict(loss=loss))
+    entry = common.mean_losses(tally, epoch)
+    return entry | dict(images_per_second=seen / (time.time() - begin))
 
 
 @torch.no_grad()
-def scores(net, loader, rows: int) -> tuple[Tensor, Tensor]:
+def scores(net, loader, rows: int) -> list[Tensor]:
     """Logits (rows, C) and context logits (rows, G), at the indices that the loader brings."""
     net.eval()
-    found = []
-    for images, _, index in common.progress(loader, "scores"):
-        found.append((index, *(v.cpu() for v in net(images.to(net_device(net)))[:2])))
-    index, *values = (torch.cat(v) for v in zip(*found, strict=True))
-    assert len(index) == len(index.unique()), "the loader must bring every image exactly once"
-    return tuple(v.new_zeros(rows, v.shape[1]).index_copy(0, index, v) for v in values)
-
-
-def net_device(net: nn.Module) -> torch.device:
-    return next(net.parameters()).device
+    batches, device = common.progress(loader, "scores"), net.bias.device
+    found = [(index, *net(images.to(device))[:2]) for images, _, index in batches]
+    return common.all_rows(found, rows)
 
 
 def evaluate(net, loader, y: np.ndarray) -> tuple[dict, np.ndarray]:
@@ -372,7 +360,7 @@ def draw_attention(net, data: common.Data, size: int, path: str) -> None:
     cells = []
     for row, item in enumerate(data.test.images[:6]):
         image = common.open_image(item).resize((176, 176))
-        x = common.test_transform(size)(image)[None].to(net_device(net))
+        x = common.test_transform(size)(image)[None].to(net.bias.device)
         logits, _, attention = net.eval()(x)
         cells.append((image, []))
         for c in logits[0].argsort(descending=True)[:5].tolist():
@@ -436,12 +424,13 @@ def main() -> None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [args.lr, args.head_lr], total_steps=args.epochs * len(loader)
     )
-    start, best, metrics = 1, None, None
+    start, best, metrics, tally = 1, None, None, {}
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         teacher.n_averaged.fill_(state["averaged"])
         start, best, metrics = state["epoch"] + 1, state["best"], state["metrics"]
+        tally = common.to_device(state["tally"], device)
         common.set_generators(state["generators"], device)
     log = common.RunLog(args, run, y, start, device)
     for k in range(member.shape[1]):
@@ -460,28 +449,40 @@ def main() -> None:
         log.write(dict(epoch=0, mAP=zero_shot[True], mAP_label_specific=zero_shot[False]))
     if args.compile:
         net.compile()
-    for epoch in range(start, args.epochs + 1):
-        sampler.epoch = weak_sampler.epoch = epoch
-        begin, entry = time.time(), dict(epoch=epoch, lr=scheduler.get_last_lr()[0])
-        sampler.only_labelled = args.no_unlabelled or epoch <= args.warm_up or not len(unl)
-        classes, contexts = known.clone(), context_labels(known, member)
-        if not sampler.only_labelled:
-            logits, context_logits = scores(teacher.module, weak_loader, len(y))
-            g = contexts[lab]
-            classes[unl] = pseudo_labels(logits[unl], known[lab], args.global_threshold)
-            contexts[unl] = pseudo_labels(context_logits[unl], g, args.global_threshold)
-        counts = common.pseudo_counts(classes[unl], known[unl], truth[unl])
-        targets = classes, contexts, torch.tensor(labelled)
-        parts = train_one_epoch(net, teacher, loader, optimizer, scheduler, targets, args, epoch)
-        metrics, logits = evaluate(teacher.module, test_loader, data.test.y)
-        del metrics["ap"]
-        best = max(best or metrics, metrics, key=lambda m: m["mAP"])
-        quality = common.pseudo_quality(dict(pseudo=counts))
-        log.epoch(entry | parts | metrics | quality, begin)
+
+    def state_of(epoch: int, tally: dict) -> dict:
         state = dict(model=net.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch)
         state |= dict(scheduler=scheduler.state_dict(), teacher=teacher.module.state_dict())
         state |= dict(averaged=int(teacher.n_averaged), metrics=metrics, best=best)
-        log.checkpoint(state)
+        return state | dict(tally=tally)
+
+    where = torch.tensor(labelled, device=device)
+    for epoch in range(start, args.epochs + 1):
+        sampler.epoch = weak_sampler.epoch = epoch
+        sampler.skip, begin = tally.get("step", 0), time.time()
+        entry = dict(epoch=epoch, lr=tally.setdefault("lr", scheduler.get_last_lr()[0]))
+        sampler.only_labelled = args.no_unlabelled or epoch <= args.warm_up or not len(unl)
+        try:
+            if "classes" not in tally:
+                classes, contexts = known.clone(), context_labels(known, member)
+                if not sampler.only_labelled:
+                    logits, g = scores(teacher.module, weak_loader, len(y)), contexts[lab]
+                    one = args.global_threshold
+                    classes[unl] = pseudo_labels(logits[0][unl], known[lab], one)
+                    contexts[unl] = pseudo_labels(logits[1][unl], g, one)
+                tally |= dict(classes=classes.to(device), contexts=contexts.to(device))
+            quality = common.pseudo_counts(tally["classes"].cpu()[unl], known[unl], truth[unl])
+            parts = train_one_epoch(
+                net, teacher, loader, optimizer, scheduler, where, args, epoch, tally
+            )
+            metrics, logits = evaluate(teacher.module, test_loader, data.test.y)
+        except common.Interrupted:
+            log.interrupt(epoch, state_of(epoch - 1, tally))
+        tally = {}
+        del metrics["ap"]
+        best = max(best or metrics, metrics, key=lambda m: m["mAP"])
+        log.epoch(entry | parts | metrics | common.pseudo_quality(dict(pseudo=quality)), begin)
+        log.checkpoint(state_of(epoch, tally))
         if epoch == args.stop_after:
             return print(f"stopped after epoch {epoch}; --out {log.out} --resume auto continues")
     columns = {"last epoch": metrics, "best on test (what most papers report)": best}

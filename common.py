@@ -21,6 +21,7 @@ import pickle
 import platform
 import resource
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -32,7 +33,9 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 
@@ -41,7 +44,7 @@ import open_clip
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import precision_recall_curve
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import VOCDetection
 from torchvision.transforms import InterpolationMode, v2
@@ -57,21 +60,141 @@ def refuse(message: str) -> None:
     raise InputError(f"{message}; --help lists the arguments")
 
 
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came, and the step it came in is finished; the text says what was saved."""
+
+
+signals: list[int] = []  # those that came
+
+
+def ask_to_stop(number: int, frame) -> None:
+    signals.append(number)
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the script at once
+
+
 def run_script(main: Callable[[], None]) -> None:
-    """Call `main`; an InputError becomes one line on stderr and exit status 2."""
+    """Call `main`; what stops it becomes one line on stderr and an exit status.
+
+    InputError 2, SIGINT 130, SIGTERM 143, a process of the run that died 1.
+    """
     logging.disable(logging.WARNING)  # open_clip warns of each tower without weights
+    if "WORLD_SIZE" not in os.environ:  # several processes would not all stop at the same step
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask_to_stop)
     try:
         main()
+        status, message = 0, ""
     except InputError as error:
         # from a loader's worker the text comes wrapped in a traceback; its last line is the message
-        message = str(error).strip().splitlines()[-1].split("InputError: ")[-1]
-        print("error:", message, file=sys.stderr)
-        sys.exit(2)
+        status, message = 2, str(error).strip().splitlines()[-1].split("InputError: ")[-1]
+    except Interrupted as stop:
+        status, message = 128 + signals[0], f"{signal.Signals(signals[0]).name}: {stop}"
+    except RuntimeError as error:
+        if processes() == 1 and "DataLoader worker" not in str(error):
+            raise
+        why = str(error).splitlines()[0]
+        status, message = 1, f"a process of this run died ({why}); --resume auto continues"
+    if status:
+        if distributed.is_initialized() or os.environ.get("RANK", "0") == "0":
+            print("error:", message, file=sys.stderr, flush=True)
+        sys.exit(status)
 
 
-def progress(items: Iterable, name: str) -> tqdm:
-    """A progress bar, silent when stdout is no terminal."""
-    return tqdm(items, name, leave=False, disable=not sys.stdout.isatty())
+def progress(items: Iterable, name: str) -> Iterator:
+    """The items, with a bar on a terminal; Interrupted after the item in which a signal came."""
+    for item in tqdm(items, name, leave=False, disable=not sys.stdout.isatty()):
+        yield item
+        if signals:
+            raise Interrupted("nothing to save")
+
+
+# --------------------------------------------------------------------------------------- processes
+
+
+def rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def processes() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of --device; under torchrun, joins the other processes. Only the first prints."""
+    local = os.environ.get("LOCAL_RANK")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local:
+        name = f"cuda:{local}"
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"--device {name} cannot be used ({why}); try cpu") from None
+    if local:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(hours=2))  # for downloads
+        if rank():
+            sys.stdout = open(os.devnull, "w")
+    return device
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """What is done here once and kept in a file, the other processes find there."""
+    if rank():
+        distributed.barrier()
+    yield
+    if processes() > 1 and not rank():
+        distributed.barrier()
+
+
+def gather(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Tensors (B / processes, ...) of every process -> (B, ...), in the order of the whole batch.
+
+    Losses of the whole batch follow on every process, whatever images they compare. The gradient
+    flows to the own part: `sum_gradients` adds up the others'.
+    """
+    if processes() == 1:
+        return [*tensors]
+    whole = []
+    for x in tensors:
+        if x is not None:
+            parts = [torch.empty_like(x) for _ in range(processes())]
+            distributed.all_gather(parts, x.detach().contiguous())
+            parts[rank()] = x
+            x = torch.cat(parts)
+        whole.append(x)
+    return whole
+
+
+def sum_gradients(net: nn.Module) -> None:
+    """After backward: the gradient of the whole batch in every process; see `gather`."""
+    if processes() > 1:
+        for p in net.parameters():
+            if p.grad is not None:
+                distributed.all_reduce(p.grad)
+
+
+def same_buffers(net: nn.Module) -> None:
+    """Give every process the batch statistics of the first."""
+    if processes() > 1:
+        for buffer in net.buffers():
+            distributed.broadcast(buffer, 0)
+
+
+def all_rows(found: list[tuple[Tensor, ...]], rows: int) -> list[Tensor]:
+    """Tensors (rows, ...) from (indices, values ...) of batches of all processes, on the CPU."""
+    found = [tuple(v.cpu() for v in batch) for batch in found]
+    if processes() > 1:
+        everyone = [None] * processes()
+        distributed.all_gather_object(everyone, found)
+        found = [batch for part in everyone for batch in part]
+    index, *values = (torch.cat(v) for v in zip(*found, strict=True))
+    assert len(index) == len(index.unique()), "the loader must bring every image exactly once"
+    return [v.new_zeros(rows, *v.shape[1:]).index_copy(0, index, v) for v in values]
 
 
 # ------------------------------------------------------------------------------------------ labels
@@ -150,7 +273,8 @@ def load_data(name: str, root: str | None, limit: int | None = None, fetch: bool
         raise InputError(f"--data {name} is unknown; choose from {', '.join(DATASETS)}")
     tree, load, counts, source = DATASETS[name]
     if fetch and tree:
-        download(name, root, source)
+        with first_process_first():
+            download(name, root, source)
     if tree and (root is None or not Path(root).is_dir()):
         raise InputError(f"--root {root} is no folder; --data {name} needs {tree} there")
     data = load(root and Path(root))
@@ -558,9 +682,9 @@ def cached_weights(name: str, make: Callable[[], nn.Module]) -> str:
     recipe = hashlib.sha256(repr((world, sources)).encode()).hexdigest()[:8]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "weak-multilabel"
     path = base / f"{name}-{recipe}.pth"
-    if not path.exists():
-        base.mkdir(parents=True, exist_ok=True)
-        with torch.random.fork_rng(devices=[]):
+    with first_process_first(), torch.random.fork_rng(devices=[]):
+        if not path.exists():
+            base.mkdir(parents=True, exist_ok=True)
             torch.manual_seed(0)
             save_checkpoint(path, make().state_dict())
     return str(path)
@@ -658,7 +782,8 @@ def load_clip(arch: str, weights: str, size: int) -> tuple[nn.Module, Callable]:
     if weights == "default":
         weights = cached_weights("toy-clip", pretrained_toy_clip) if arch == "toy" else "openai"
     try:
-        net = open_clip.create_model(name, None if weights == "none" else weights, **config)
+        with first_process_first():  # it may download
+            net = open_clip.create_model(name, None if weights == "none" else weights, **config)
     except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
         why = " ".join(str(error).split())[:200]
         raise InputError(f"--arch {arch} --weights {weights}: {why}") from None
@@ -769,9 +894,11 @@ class ImageDataset(Dataset):
 class EpochSampler(Sampler):
     """Batches of keys (epoch, index): shuffled by (seed, epoch), in order without a seed.
 
-    Set `.epoch`. A shuffled epoch leaves out a last smaller batch: batch statistics want whole
-    ones.
+    Set `.epoch`, and `.skip` to begin after so many batches. A shuffled epoch leaves out a last
+    smaller batch: batch statistics want whole ones.
     """
+
+    skip = 0
 
     def __init__(self, indices: np.ndarray, batch_size: int, seed: int | None = None) -> None:
         self.indices, self.batch_size, self.seed, self.epoch = indices, batch_size, seed, 0
@@ -784,9 +911,28 @@ class EpochSampler(Sampler):
         order = self.indices
         if self.seed is not None:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
-        for k in range(len(self)):
+        for k in range(self.skip, len(self)):
             batch = order[k * self.batch_size : (k + 1) * self.batch_size]
             yield [(self.epoch, i) for i in batch.tolist()]
+
+
+class OwnPart(Sampler):
+    """The part of every batch of `sampler` that is this process's, under torchrun."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        k, n = rank(), processes()
+        for batch in self.sampler:
+            size = len(batch)
+            if self.sampler.seed is not None and size % n:
+                raise InputError(f"{n} processes cannot share {size} images; change --batch-size")
+            if own := batch[size * k // n : size * (k + 1) // n]:
+                yield own
 
 
 def make_loader(
@@ -795,7 +941,9 @@ def make_loader(
     """Brings (*uint8 views, labels, indices) of the batches of keys that `sampler` lists."""
     workers = dict(num_workers=args.workers, persistent_workers=args.workers > 0)
     workers |= dict(pin_memory=torch.cuda.is_available())
-    return DataLoader(ImageDataset(images, y, views, args.seed), batch_sampler=sampler, **workers)
+    sampler = OwnPart(sampler) if processes() > 1 else sampler
+    dataset, own = ImageDataset(images, y, views, args.seed), torch.Generator()
+    return DataLoader(dataset, batch_sampler=sampler, generator=own, **workers)
 
 
 def test_loader(data: Data, args: Namespace) -> DataLoader:
@@ -861,6 +1009,29 @@ def pseudo_quality(counts: dict[str, Tensor]) -> dict:
 # -------------------------------------------------------------------------------------------- runs
 
 
+def add_up(tally: dict, values: dict[str, Tensor]) -> None:
+    """tally[name] += value. An epoch's tally is {} at its start and saved when interrupted."""
+    for name, value in values.items():
+        tally[name] = tally[name] + value if name in tally else value
+
+
+def add_losses(tally: dict, parts: dict[str, Tensor]) -> None:
+    """Count a step and add up the parts of its loss, scalars on any device; waits for none."""
+    tally["step"] = tally.get("step", 0) + 1
+    parts = {name: value.detach() for name, value in parts.items()}
+    add_up(tally, {name: torch.stack((v, v.isfinite())) for name, v in parts.items()})
+
+
+def mean_losses(tally: dict, epoch: int) -> dict:
+    """Log entries: the means of an epoch. InputError names the step and the part that broke."""
+    sums = {name: value.tolist() for name, value in tally.items() if name.startswith("loss")}
+    name, finite = min(((name, int(n)) for name, (_, n) in sums.items()), key=lambda item: item[1])
+    if finite < tally["step"]:
+        where = f"epoch {epoch}, step {finite + 1}: {name} is not finite"
+        raise InputError(f"{where}; the checkpoint before it is whole, a lower --lr may help")
+    return {name: total / tally["step"] for name, (total, _) in sums.items()}
+
+
 def check_args(args: Namespace, above_zero: str, not_below_zero: str) -> Namespace:
     """Check what every script has, and the arguments that a script names; returns them."""
     check_known(args.known)
@@ -880,16 +1051,6 @@ def check_args(args: Namespace, above_zero: str, not_below_zero: str) -> Namespa
     return args
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise InputError(f"--device {name} cannot be used ({why}); try cpu") from None
-
-
 def load_weights(net: nn.Module, path: str) -> nn.Module:
     """Load a state dict into `net` and return it; InputError when the file is none or misfits."""
     try:
@@ -903,11 +1064,14 @@ def load_weights(net: nn.Module, path: str) -> nn.Module:
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write under a temporary name, fsync, rename: whatever happens, `path` is whole."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(args: Namespace, method: str, model_args: Sequence[str]) -> dict | None:
@@ -944,6 +1108,10 @@ def check_same_run(state: dict, run: dict, args: Namespace) -> None:
             raise InputError(f"--resume: {name} was {state[name]} and is {value} now")
 
 
+def to_device(tally: dict, device: torch.device) -> dict:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in tally.items()}
+
+
 def set_generators(state: dict, device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
@@ -963,13 +1131,14 @@ class RunLog:
         free = (f"runs/{run['method']}-{run['data']}-{n}" for n in count(1))
         self.out = Path(args.out or next(path for path in free if not Path(path).exists()))
         self.args, self.run, self.device = args, run, device
+        self.silent = args.dry_run or rank() > 0
         if (self.out / "last.pt").exists() and not args.resume:
             raise InputError(f"--out {self.out} holds a run; add --resume auto, or choose another")
         where = "nothing is written" if args.dry_run else f"log in {self.out}"
         size = f"{y.shape[0]} training images of {y.shape[1]} classes"
         known = f"{(y != 0).mean():.2%} of the labels known, mask {run['mask']}"
         print(f"{run['method']} on {run['data']}: {size}, {known}; {where}", flush=True)
-        if args.dry_run:
+        if self.silent:
             return
         versions = dict(python=platform.python_version(), torch=torch.__version__)
         cuda = device.type == "cuda"
@@ -987,10 +1156,13 @@ class RunLog:
             raise InputError(f"--out {self.out}: {error.strerror}") from None
 
     def write(self, entry: dict) -> None:
-        if not self.args.dry_run:
+        if not self.silent:
             entry = {k: None if v != v else v for k, v in entry.items()}  # JSON knows no NaN
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(entry) + "\n")
+            try:
+                with open(self.out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+            except OSError as error:
+                raise InputError(f"--out {self.out}: {error.strerror}") from None
 
     def epoch(self, entry: dict, begin: float) -> None:
         """Log an epoch that began at time `begin`."""
@@ -1006,16 +1178,26 @@ class RunLog:
         print(line.format(**entry), flush=True)
 
     def checkpoint(self, state: dict) -> None:
-        if not self.args.dry_run:
+        if not self.silent:
             generators = dict(cpu=torch.get_rng_state())
             if self.device.type == "cuda":
                 generators["cuda"] = torch.cuda.get_rng_state(self.device)
             state |= self.run | dict(args=vars(self.args), generators=generators)
-            save_checkpoint(self.out / "last.pt", state)
+            try:
+                save_checkpoint(self.out / "last.pt", state)
+            except OSError as error:
+                why = f"{error.strerror}; the checkpoint before it is whole"
+                raise InputError(f"--out {self.out}: last.pt cannot be written: {why}") from None
+
+    def interrupt(self, epoch: int, state: dict) -> None:
+        """Save a run in the middle of an epoch, then raise Interrupted."""
+        self.checkpoint(state)
+        saved = f"saved; --out {self.out} --resume auto continues"
+        raise Interrupted(f"in epoch {epoch}, {'nothing saved' if self.silent else saved}")
 
     def samples(self, data: Data, logits: np.ndarray | None, more: Sequence[Cell] = ()) -> None:
         """samples.png: test images, their labels found, missed and wrongly said; more cells."""
-        if self.args.dry_run or logits is None:
+        if self.silent or logits is None:
             return
         cells = []
         for k, (said, true) in enumerate(zip(logits[:18] >= 0, data.test.y[:18] == 1, strict=True)):
@@ -1080,6 +1262,8 @@ def report_test(data: Data, metrics: dict, logits: np.ndarray, args: Namespace) 
     print(metrics_table({"test": metrics}))
     print(class_table(data.classes, metrics["ap"], data.test.y))
     path = Path(args.resume).parent / "predictions.npz"
+    if rank():
+        return
     np.savez(path, ids=np.array(data.test.ids), logits=logits, labels=data.test.y)
     print(f"ids, logits and labels: {path}")
 

@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections import defaultdict
 
 import numpy as np
 import torch
@@ -355,31 +354,32 @@ def targets(q: Tensor, y: Tensor, threshold: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------- training
 
 
-def train_one_epoch(net, loader, optimizer, scheduler, state, truth, epoch, args) -> dict:
-    """One pass over weak, medium and strong views. Returns log entries; updates `state`.
+def train_one_epoch(net, loader, optimizer, scheduler, memory, truth, epoch, args, tally):
+    """One pass over weak, medium and strong views. Returns log entries.
 
-    state: p (n, C), the fused confidence of all images; s (n, C), the scores of the weak views, and
-    count (C,) of passed targets, both of the images seen here (an epoch leaves out a last smaller
-    batch, whose scores stay); sharp (C, C). `truth` serves the diagnostics.
+    memory: p (n, C), the fused confidence of all images, count (C,) of targets that passed in the
+    last epoch, sharp (C, C). tally: s (n, C), which gets the scores of the weak views (an epoch
+    leaves out a last smaller batch, whose scores stay), `passed` targets (C,) and what the epoch
+    adds up: see `common.add_losses`. `truth` serves the diagnostics.
     """
     net.train()
-    total, guessed, device = defaultdict(float), 0, net.bias.device
-    threshold = class_thresholds(state["count"], args.tau).to(device)
-    count = torch.zeros_like(threshold)
+    device = net.bias.device
+    threshold = class_thresholds(memory["count"], args.tau).to(device)
     ramp = min(1.0, (epoch - 1) / args.ramp) if args.ramp else 1.0
-    begin, seen, found, sharp = time.time(), 0, [], state["sharp"].to(device)
+    begin, seen, p_all, sharp = time.time(), 0, *(memory[k].to(device) for k in ("p", "sharp"))
     for *views, y, index in common.progress(loader, f"epoch {epoch}"):
-        seen += len(index)
-        y = y.to(device, non_blocking=True)
+        y, index = y.to(device, non_blocking=True), index.to(device, non_blocking=True)
         logits = net(torch.cat(views).to(device, non_blocking=True))[0].chunk(len(views))
+        y, index, *logits = common.gather(y, index, *logits)
+        seen += len(index)
         weak = torch.sigmoid(logits[0].detach())
-        found.append((index, weak))
+        tally["s"][index] = weak
         known = (y != 0).float()
         parts = dict(loss_known=weighted_bce(logits[0], (y == 1).float(), known))
         loss = parts["loss_known"]
         if not args.no_augment:
             medium, strong = (torch.sigmoid(x.detach()) for x in logits[1:])
-            weight, p = difficulty_weight(weak, strong, y), state["p"][index].to(device)
+            weight, p = difficulty_weight(weak, strong, y), p_all[index]
             # our reading: weak and P teach medium in L_a, medium and P teach strong in L_b
             for name, easier, x in (("a", weak, logits[1]), ("b", medium, logits[2])):
                 q = torch.where(y == 0, (p + easier) / 2, known * (y == 1))
@@ -392,37 +392,28 @@ def train_one_epoch(net, loader, optimizer, scheduler, state, truth, epoch, args
             unknown = parts["loss_a"] + parts["loss_b"] + parts["loss_self"]
             loss = loss + ramp * args.lambda_u * unknown
             q = (p + weak) / 2
-            count += ((q >= args.tau) & (y == 0)).sum(0)
-            guess = targets(q, y, threshold)
-            guessed = guessed + common.pseudo_counts(guess, y, truth[index].to(device))
+            guessed = common.pseudo_counts(targets(q, y, threshold), y, truth[index])
+            passed = ((q >= args.tau) & (y == 0)).sum(0)
+            common.add_up(tally, dict(passed=passed, pseudo=guessed))
         optimizer.zero_grad()
         loss.backward()
+        common.sum_gradients(net)
         optimizer.step()
         scheduler.step()
-        for name, value in (dict(loss=loss) | parts).items():
-            total[name] += value.detach() / len(loader)  # no .item() here: the step never waits
-    state["count"] = count.cpu()
-    index, weak = (torch.cat(v) for v in zip(*found, strict=True))
-    state["s"][index] = weak.cpu()
-    entry = {name: value.item() for name, value in total.items()}
-    entry["images_per_second"] = seen / (time.time() - begin)
-    if bad := [name for name, value in entry.items() if not math.isfinite(value)]:
-        raise InputError(f"epoch {epoch}: {bad[-1]} is not finite; a lower --lr may help")
-    if args.no_augment:
-        guessed = torch.tensor([0, 0, 0, 1])
-    return entry | common.pseudo_quality(dict(pseudo=guessed))
+        common.add_losses(tally, parts | dict(loss=loss))
+    none = torch.tensor([0, 0, 0, 1])
+    entry = common.mean_losses(tally, epoch)
+    entry |= common.pseudo_quality(dict(pseudo=tally.get("pseudo", none)))
+    return entry | dict(images_per_second=seen / (time.time() - begin))
 
 
 @torch.no_grad()
-def scores(net, loader, rows: int) -> tuple[Tensor, Tensor]:
+def scores(net, loader, rows: int) -> list[Tensor]:
     """Logits (rows, C) and image features (rows, D), at the indices that the loader brings."""
     net.eval()
-    found, text = [], net.prompt()
-    for images, _, index in common.progress(loader, "scores"):
-        found.append((index, *(v.cpu() for v in net(images.to(net.bias.device), text))))
-    index, *values = (torch.cat(v) for v in zip(*found, strict=True))
-    assert len(index) == len(index.unique()), "the loader must bring every image exactly once"
-    return tuple(v.new_zeros(rows, v.shape[1]).index_copy(0, index, v) for v in values)
+    batches, text, device = common.progress(loader, "scores"), net.prompt(), net.bias.device
+    found = [(index, *net(images.to(device), text)) for images, _, index in batches]
+    return common.all_rows(found, rows)
 
 
 def evaluate(net, loader, y: np.ndarray) -> tuple[dict, np.ndarray]:
@@ -473,7 +464,7 @@ def main() -> None:
     groups = [dict(params=rest), dict(params=scalars, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, args.lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))
-    known, truth = torch.tensor(y), torch.tensor(data.train.y)
+    known, truth, tally = torch.tensor(y), torch.tensor(data.train.y), {}
     a_q, start, best, metrics = label_graph(known, args.kappa, args.related), 1, None, None
     first, f = scores(net, plain_loader, len(y))
     a_n = instance_graph(f.to(device), args.neighbours, args.sigma)
@@ -481,7 +472,7 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         memory, start, best = state["memory"], state["epoch"] + 1, state["best"]
-        metrics = state["metrics"]
+        metrics, tally = state["metrics"], common.to_device(state["tally"], device)
         common.set_generators(state["generators"], device)
     log = common.RunLog(args, run, y, start, device)
     if not state:
@@ -497,21 +488,35 @@ def main() -> None:
     memory["sharp"], logits = sharp / sharp.sum(0), None
     if args.compile:
         net.compile()
+
+    def state_of(epoch: int, tally: dict) -> dict:
+        state = dict(model=net.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch)
+        state |= dict(scheduler=scheduler.state_dict(), memory=memory, metrics=metrics, best=best)
+        return state | dict(tally=tally)
+
+    hidden_truth = truth.to(device)
     for epoch in range(start, args.epochs + 1):
-        sampler.epoch = epoch
-        begin, entry = time.time(), dict(epoch=epoch, lr=scheduler.get_last_lr()[0])
-        before = memory["s"].clone()
+        sampler.epoch, sampler.skip, begin = epoch, tally.get("step", 0), time.time()
+        entry = dict(epoch=epoch, lr=tally.setdefault("lr", scheduler.get_last_lr()[0]))
+        before = memory["s"]
         memory["p"] = fuse(before, known, a_n, a_q, args.lambda_n, args.lambda_q)
         hidden = dict(hidden_mAP=hidden_map(before, known, truth))
         hidden["hidden_mAP_fused"] = hidden_map(memory["p"], known, truth)
-        parts = train_one_epoch(net, loader, optimizer, scheduler, memory, truth, epoch, args)
-        metrics, logits = evaluate(net, test_loader, data.test.y)
+        tally.setdefault("s", before.to(device, copy=True))
+        try:
+            parts = train_one_epoch(
+                net, loader, optimizer, scheduler, memory, hidden_truth, epoch, args, tally
+            )
+            metrics, logits = evaluate(net, test_loader, data.test.y)
+        except common.Interrupted:
+            log.interrupt(epoch, state_of(epoch - 1, tally))
+        zero = torch.zeros_like(memory["count"])
+        memory |= dict(s=tally["s"].cpu(), count=tally.get("passed", zero).cpu())
+        tally = {}
         del metrics["ap"]
         best = max(best or metrics, metrics, key=lambda m: m["mAP"])
         log.epoch(entry | parts | metrics | hidden, begin)
-        state = dict(model=net.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch)
-        state |= dict(scheduler=scheduler.state_dict(), memory=memory, metrics=metrics, best=best)
-        log.checkpoint(state)
+        log.checkpoint(state_of(epoch, tally))
         if epoch == args.stop_after:
             return print(f"stopped after epoch {epoch}; --out {log.out} --resume auto continues")
     columns = {"last epoch": metrics, "best on test (what most papers report)": best}

@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections import defaultdict
 
 import numpy as np
 import torch
@@ -177,7 +176,7 @@ class SemanticDecoupling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         u, v = self.image(x), self.word(self.words)  # (B, N, D), (C, D)
-        joint = torch.tanh(u[:, :, None] * v)  # (B, N, C, D)
+        joint = (u[:, :, None] * v).tanh_()  # (B, N, C, D), the largest tensor: only once
         weight = self.attention(joint).squeeze(-1).softmax(dim=1)  # (B, N, C)
         return weight.transpose(1, 2) @ x  # (B, C, D)
 
@@ -214,7 +213,10 @@ class GatedGraph(nn.Module):
 
 
 class PairNet(nn.Module):
-    """phi_intra of Eq. 1: f (B, C, D) -> logits (B, pairs) that classes i < j are both present."""
+    """phi_intra of Eq. 1: f (B, C, D) -> logits (B, pairs) that classes i < j are both present.
+
+    `wanted` (m,), flat indices into (B, pairs), leaves the logits of all others at 0, uncomputed.
+    """
 
     def __init__(self, num_classes: int, width: int, hidden: tuple[int, int]) -> None:
         super().__init__()
@@ -224,12 +226,17 @@ class PairNet(nn.Module):
         self.register_buffer("i", i, persistent=False)
         self.register_buffer("j", j, persistent=False)
 
-    def forward(self, f: Tensor) -> Tensor:
+    def forward(self, f: Tensor, wanted: Tensor | None = None) -> Tensor:
         # W [f_i, f_j] = W_left f_i + W_right f_j: two products per class, not one per pair
         left, right = self.first.weight.chunk(2, dim=1)
         a, b = F.linear(f, left, self.first.bias), F.linear(f, right)  # (B, C, hidden)
         # Eq. 1: p_ij = phi_intra([f_i, f_j]); the sigmoid is taken where p is needed
-        return self.rest(a[:, self.i] + b[:, self.j]).squeeze(-1)  # (B, pairs)
+        if wanted is None:
+            return self.rest(a[:, self.i] + b[:, self.j]).squeeze(-1)  # (B, pairs)
+        row, pair = wanted // len(self.i) * f.shape[1], wanted % len(self.i)
+        a, b = a.flatten(0, 1)[row + self.i[pair]], b.flatten(0, 1)[row + self.j[pair]]
+        p = self.rest(a + b).squeeze(-1)  # (m,)
+        return p.new_zeros(len(f) * len(self.i)).index_copy(0, wanted, p).view(len(f), -1)
 
     def matrix(self, logits: Tensor, num_classes: int) -> Tensor:
         """Pair logits (B, pairs) -> P (B, C, C): probabilities, symmetric, zero diagonal."""
@@ -241,7 +248,8 @@ class PairNet(nn.Module):
 class SST(nn.Module):
     """images (B, 3, H, W) uint8 -> class features f (B, C, D), logits (B, C), pair logits or None.
 
-    Pair logits (B, pairs) are there while training with learned co-occurrence. All in float32.
+    Pair logits (B, pairs) are there while training with learned co-occurrence; `wanted` as in
+    PairNet. All in float32.
     """
 
     def __init__(self, args: argparse.Namespace, classes: list[str], adjacency: Tensor) -> None:
@@ -266,15 +274,15 @@ class SST(nn.Module):
         self.trained.eval()  # small batches: the trunk keeps its pretraining's batch statistics
         return self
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, images: Tensor, wanted: Tensor | None = None) -> tuple:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             with torch.no_grad():
                 x = self.frozen(common.normalise(images))
             x = self.project(self.trained(x))  # (B, D, h, w)
             f = self.sarl(x.flatten(2).transpose(1, 2))  # (B, N, D) -> (B, C, D)
             logits = (self.graph(f) * self.classifier).sum(-1) + self.bias  # (B, C)
-            wanted = self.training and self.pairs is not None  # no pairs at test time
-            pair_logits = self.pairs(f).float() if wanted else None
+            learning = self.training and self.pairs is not None  # no pairs at test time
+            pair_logits = self.pairs(f, wanted).float() if learning else None
         return f.float(), logits.float(), pair_logits  # losses and thresholds in float32
 
 
@@ -293,6 +301,16 @@ def pair_targets(y: Tensor, i: Tensor, j: Tensor, negatives: str = "both") -> Te
     either = (a == -1) | (b == -1)
     negative = dict(both=(a != 0) & (b != 0), either=either, all=torch.ones_like(either))[negatives]
     return torch.where((a == 1) & (b == 1), 1, -negative.long())
+
+
+def needed_pairs(y: Tensor, i: Tensor, j: Tensor, negatives: str = "both") -> Tensor:
+    """Flat indices (m,) into (B, pairs) of the pairs that matter, few where few labels are known.
+
+    Eq. 3 reads pairs with a target, Eq. 2 those of a known positive and an unknown label.
+    """
+    a, b = y[:, i], y[:, j]
+    asked = ((a == 1) & (b == 0)) | ((a == 0) & (b == 1))
+    return (asked | (pair_targets(y, i, j, negatives) != 0)).flatten().nonzero().squeeze(1)
 
 
 def ist_loss(
@@ -392,21 +410,24 @@ def cross_pseudo_labels(f: Tensor, y: Tensor, prototype: Tensor, theta: float) -
 # ---------------------------------------------------------------------------------------- training
 
 
-def train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args) -> tuple[dict, Tensor]:
+def train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args, tally):
     """One pass. Returns log entries and the prototypes (C, D) of this epoch, for the next one.
 
-    `truth` (images, C) serves the diagnostics of the pseudo-labels and nothing else.
+    `truth` (images, C) serves the diagnostics of the pseudo-labels and nothing else. `tally` holds
+    what the epoch has added up: see `common.add_losses`.
     """
     net.train()
     theta_intra, theta_cross = (threshold(epoch, t) for t in (args.theta_intra, args.theta_cross))
     device, zero = prototype.device, prototype.new_zeros(())
-    sums, count = torch.zeros_like(prototype), prototype.new_zeros(len(prototype), 1)
-    total, guessed = defaultdict(float), defaultdict(int)
     begin, seen = time.time(), 0
+    pairs = torch.triu_indices(len(prototype), len(prototype), offset=1)
     for images, y, index in common.progress(loader, f"epoch {epoch}"):
-        seen += len(index)
+        # chosen before y leaves the CPU: to find them on the device, the step would have to wait
+        wanted = needed_pairs(y, *pairs, args.pairs).to(device, non_blocking=True)
         images, y = images.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        f, logits, pair_logits = net(images)
+        outputs = *net(images, wanted), y, index.to(device, non_blocking=True)
+        f, logits, pair_logits, y, index = common.gather(*outputs)
+        seen += len(index)
         intra, cross, loss_ist, loss_cst, loss_intra, loss_cross = y, y, zero, zero, zero, zero
         if not args.no_ist:
             p = net.graph.adjacency.T[None]  # for --stat-cooc: row i, column j holds P(i|j)
@@ -422,8 +443,8 @@ def train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args) -> tu
             loss_cross = partial_bce(logits, cross)
             loss_cst = zero if args.no_cst_loss else cst_loss(f, y)
             positive = (y == 1).float()
-            sums += torch.einsum("bc,bcd->cd", positive, F.normalize(f.detach(), dim=-1))
-            count += positive.sum(0)[:, None]
+            sums = torch.einsum("bc,bcd->cd", positive, F.normalize(f.detach(), dim=-1))
+            common.add_up(tally, dict(sums=sums, count=positive.sum(0)[:, None]))
         # Eq. 10: L_cls is the loss on the known labels plus that on either completed set
         loss_known = partial_bce(logits, y)
         loss_cls = loss_known + loss_intra + loss_cross
@@ -431,30 +452,27 @@ def train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args) -> tu
         loss = loss_cls + args.lambda_1 * loss_ist + args.lambda_2 * loss_cst
         optimizer.zero_grad()
         loss.backward()
+        common.sum_gradients(net)
         optimizer.step()
-        parts = dict(loss=loss, loss_known=loss_known, loss_intra=loss_intra)
-        parts |= dict(loss_cross=loss_cross, loss_ist=loss_ist, loss_cst=loss_cst)
-        for name, value in parts.items():
-            total[name] += value.detach() / len(loader)  # no .item() here: the step never waits
-        pseudo = dict(pseudo=torch.maximum(intra, cross), ist=intra, cst=cross)
-        for name, labels in pseudo.items():
-            guessed[name] += common.pseudo_counts(labels, y, truth[index].to(device))
-    entry = {name: value.item() for name, value in total.items()}
+        parts = dict(loss_known=loss_known, loss_intra=loss_intra, loss_cross=loss_cross)
+        common.add_losses(tally, parts | dict(loss_ist=loss_ist, loss_cst=loss_cst, loss=loss))
+        guesses = dict(pseudo=torch.maximum(intra, cross), ist=intra, cst=cross).items()
+        counts = {name: common.pseudo_counts(guess, y, truth[index]) for name, guess in guesses}
+        common.add_up(tally, counts)
+    common.same_buffers(net)
+    entry = common.mean_losses(tally, epoch)
+    entry |= common.pseudo_quality({name: tally[name] for name in ("pseudo", "ist", "cst")})
     entry["images_per_second"] = seen / (time.time() - begin)
-    if bad := [name for name, value in entry.items() if not math.isfinite(value)]:
-        raise InputError(f"epoch {epoch}: {bad[-1]} is not finite; a lower --lr may help")
-    return entry | common.pseudo_quality(guessed), sums / count.clamp(min=1)
+    return entry, prototype if args.no_cst else tally["sums"] / tally["count"].clamp(min=1)
 
 
 @torch.no_grad()
 def evaluate(net, loader, y: np.ndarray) -> tuple[dict, np.ndarray]:
     """Metrics and logits (images, C), rows as in the data set; each image must come once."""
     net.eval()
-    logits, seen = np.zeros(y.shape, np.float32), np.zeros(len(y), int)
-    for images, _, index in common.progress(loader, "test"):
-        logits[index] = net(images.to(net.bias.device))[1].cpu().numpy()
-        seen[index] += 1
-    assert (seen == 1).all(), "the loader must bring every test image exactly once"
+    batches = common.progress(loader, "test")
+    found = [(index, net(images.to(net.bias.device))[1]) for images, _, index in batches]
+    logits = common.all_rows(found, len(y))[0].numpy()
     return common.multilabel_metrics(logits, y), logits
 
 
@@ -475,6 +493,8 @@ def main() -> None:
     y = common.hide_entries(data.train.y, args.known, args.mask_seed)
     run = dict(method="sst", data=args.data, classes=data.classes, mask=common.mask_hash(y))
     net = SST(args, data.classes, cooccurrence(torch.tensor(y)))
+    if device.type == "cuda" and common.processes() > 1:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device, memory_format=torch.channels_last)
     views = [common.train_transform(args.size, args.crops)]
     sampler = common.EpochSampler(np.arange(len(y)), args.batch_size, args.seed)
@@ -491,27 +511,39 @@ def main() -> None:
     optimizer = torch.optim.Adam(learned, args.lr, weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, gamma=0.1)
     prototype, start, best = torch.zeros(len(data.classes), args.width, device=device), 1, None
+    metrics, logits, tally = None, None, {}
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         prototype, start, best = state["prototype"].to(device), state["epoch"] + 1, state["best"]
+        metrics, tally = state["metrics"], common.to_device(state["tally"], device)
         common.set_generators(state["generators"], device)
     if args.compile:
         net.compile()
     log = common.RunLog(args, run, y, start, device)
-    truth, metrics, logits = torch.tensor(data.train.y), state and state["metrics"], None
+    truth = torch.tensor(data.train.y, device=device)
+
+    def state_of(epoch: int, tally: dict) -> dict:
+        state = dict(model=net.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch)
+        state |= dict(scheduler=scheduler.state_dict(), prototype=prototype, tally=tally)
+        return state | dict(metrics=metrics, best=best)
+
     for epoch in range(start, args.epochs + 1):
-        sampler.epoch, begin = epoch, time.time()
+        sampler.epoch, sampler.skip, begin = epoch, tally.get("step", 0), time.time()
         entry = dict(epoch=epoch, lr=scheduler.get_last_lr()[0])
-        parts, prototype = train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args)
+        try:
+            parts, new = train_one_epoch(
+                net, loader, optimizer, prototype, truth, epoch, args, tally
+            )
+            metrics, logits = evaluate(net, test_loader, data.test.y)
+        except common.Interrupted:
+            log.interrupt(epoch, state_of(epoch - 1, tally))
         scheduler.step()
-        metrics, logits = evaluate(net, test_loader, data.test.y)
+        prototype, tally = new, {}
         del metrics["ap"]
         best = max(best or metrics, metrics, key=lambda m: m["mAP"])
         log.epoch(entry | parts | metrics, begin)
-        state = dict(model=net.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch)
-        state |= dict(scheduler=scheduler.state_dict(), prototype=prototype)
-        log.checkpoint(state | dict(metrics=metrics, best=best))
+        log.checkpoint(state_of(epoch, tally))
         if epoch == args.stop_after:
             return print(f"stopped after epoch {epoch}; --out {log.out} --resume auto continues")
     columns = {"last epoch": metrics, "best on test (what most papers report)": best}
