@@ -1185,8 +1185,8 @@ class RunLog:
             state |= self.run | dict(args=vars(self.args), generators=generators)
             try:
                 save_checkpoint(self.out / "last.pt", state)
-            except OSError as error:
-                why = f"{error.strerror}; the checkpoint before it is whole"
+            except (OSError, RuntimeError) as error:  # torch.save raises either on a full disk
+                why = f"{str(error).splitlines()[0]}; the checkpoint before it is whole"
                 raise InputError(f"--out {self.out}: last.pt cannot be written: {why}") from None
 
     def interrupt(self, epoch: int, state: dict) -> None:

@@ -43,3 +43,12 @@ def random_labels(rng, rows=6, classes=5):
 
 def random_images(rng, size=96, n=3):
     return torch.randint(256, (n, 3, size, size), generator=rng, dtype=torch.uint8)
+
+
+def same(a, b):
+    """Bit for bit, whatever the nesting."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

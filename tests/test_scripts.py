@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import same
 
 import cbsa
 import common
@@ -49,15 +50,6 @@ def small(name):
 
 def load(folder):
     return torch.load(Path(folder) / "last.pt", weights_only=True)
-
-
-def same(a, b):
-    """Bit for bit, whatever the nesting."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def weights(state):

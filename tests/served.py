@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: MIT
+"""Runs a script in a process of its own, forked from one that has imported everything."""
+
+import functools
+import os
+import resource
+import signal
+import sys
+
+import torch
+
+import cbsa
+import common
+import scinet
+import sst
+
+SCRIPTS = {"sst": sst, "cbsa": cbsa, "scinet": scinet}
+drawn = functools.cache(common.toy_scenes)
+common.toy_scenes = lambda n, seed: drawn(n // 40, seed)  # 50 training scenes, 25 test scenes
+common.load_toy(None)
+common.draw_sheet = lambda *cells, **more: None  # other tests look at the pictures
+
+
+def at_call(module, name: str, number: int, act) -> None:
+    """Call `act` before call `number` (from 1) of module.name."""
+    original, calls = getattr(module, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == number:
+            act()
+        return original(*args, **kwargs)
+
+    setattr(module, name, counted)
+
+
+def serve(name: str, arguments: list[str], folder: str, where=None, sign=None, limit=None) -> None:
+    """Run a script in `folder`, its output appended to stdout and stderr there.
+
+    where (module, function, number) sends the process signal `sign` before that call; `limit` is
+    the size in bytes that files can grow to.
+    """
+    os.chdir(folder)
+    sys.argv = [f"{name}.py", *arguments]
+    sys.stdout, sys.stderr = open("stdout", "a"), open("stderr", "a")
+    torch.set_num_threads(1)
+    if where:
+        module, function, number = where
+        at_call(sys.modules[module], function, number, lambda: os.kill(os.getpid(), sign))
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        common.run_script(SCRIPTS[name].main)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
