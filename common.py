@@ -27,6 +27,7 @@ import textwrap
 import time
 import urllib.error
 import urllib.request
+import warnings
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from argparse import Namespace
@@ -78,6 +79,7 @@ def run_script(main: Callable[[], None]) -> None:
     InputError 2, SIGINT 130, SIGTERM 143, a process of the run that died 1.
     """
     logging.disable(logging.WARNING)  # open_clip warns of each tower without weights
+    warnings.filterwarnings("ignore", module=r"torch\.")  # of what it does inside
     if "WORLD_SIZE" not in os.environ:  # several processes would not all stop at the same step
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, ask_to_stop)
@@ -844,6 +846,8 @@ def open_image(item: str | np.ndarray) -> Image.Image:
         return Image.fromarray(item)
     try:
         with Image.open(item) as image:
+            if image.mode.startswith("I"):  # 16 bits: convert() would clip them at 255
+                return Image.fromarray(np.uint8(np.asarray(image) >> 8)).convert("RGB")
             return image.convert("RGB")
     except Exception as error:  # PIL raises many kinds; whichever it is goes into the message
         why = f"{type(error).__name__}: {error}"

@@ -417,6 +417,12 @@ def test_images_of_any_mode_are_images(mode, tmp_path):
     assert x.shape == (3, 32, 32) and x.dtype == torch.uint8
 
 
+def test_16_bits_are_scaled_and_not_clipped(tmp_path):
+    grey = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "x.png")
+    assert (np.asarray(common.open_image(tmp_path / "x.png"))[..., 0] == grey >> 8).all()
+
+
 def batches(workers, epoch=1):
     images, y, _ = common.toy_scenes(20, 3)
     views = [common.train_transform(64, (512, 256))]

@@ -2,15 +2,20 @@
 """What all three scripts promise on the command line."""
 
 import json
+import math
+import pickle
 import re
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import same
+from PIL import Image
 
 import cbsa
 import common
@@ -217,6 +222,127 @@ def test_bad_arguments_give_one_line(name, arguments, word, call, tmp_path):
     status, _, error = call(name, *arguments.split())
     assert status == 2 and error.count("\n") == 1 and word in error, error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder data set of 24 photographs; what is unusual about some is no mistake."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(256, size=(24, 40, 30, 3), dtype=np.uint8)
+    images = [Image.fromarray(x) for x in noise]
+    names = [f"{k}.jpg" for k in range(24)]
+    changes = "CMYK L P 1 LA RGBA".split()
+    images[:6] = [x.convert(mode) for x, mode in zip(images, changes, strict=False)]
+    odd = "cmyk.jpg grey.png palette.png bits.png la.png rgba.webp sixteen.png one.png"
+    names[:8] = odd.split()
+    images[6] = Image.fromarray(rng.integers(2**16, size=(40, 30), dtype=np.uint16))
+    images[7] = Image.new("RGB", (1, 1))
+    for name, image in zip(names, images, strict=True):
+        image.save(tmp_path / name)
+    images[8].save(tmp_path / "moving.gif", save_all=True, append_images=images[9:12])
+    images[8].save(tmp_path / "8.jpg", format="PNG")  # the wrong extension
+    names[9] = "moving.gif"
+    (tmp_path / "classes.txt").write_text("hot dog\nDürer's {hare}\n100%_wool\n", "utf-8")
+    rows = [f"{name},{'hot dog' if k % 2 else '100%_wool'}" for k, name in enumerate(names)]
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    (tmp_path / "test.csv").write_text("\n".join(rows[:9]))
+    return tmp_path
+
+
+def png_header(side):
+    size = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + size
+    head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(size)) + chunk
+    return head + struct.pack(">II", zlib.crc32(chunk), 9) + b"IDAT"
+
+
+BAD_FILES = [  # file of the folder, what becomes of its bytes, word of the message
+    ("20.jpg", lambda old: old[: len(old) // 2], "20.jpg"),
+    ("20.jpg", lambda old: b"", "20.jpg"),
+    ("20.jpg", lambda old: b"GIF89a", "20.jpg"),
+    ("20.jpg", lambda old: b"<html>404</html>", "20.jpg"),
+    ("20.jpg", lambda old: old[:100] + bytes(400), "20.jpg"),
+    ("20.jpg", lambda old: png_header(60_000), "decompression bomb"),
+    ("20.jpg", lambda old: png_header(40), "20.jpg"),
+    ("20.jpg", None, "20.jpg"),
+    ("train.csv", lambda old: old + b"\nnew.jpg,unicorn", "unicorn"),
+    ("train.csv", lambda old: old + b"\nnew.jpg,hot dog;-hot dog", "both present and absent"),
+    ("train.csv", lambda old: old + b"\n21.jpg,hot dog", "line 25"),
+    ("train.csv", lambda old: old + b"\nnowhere.jpg,hot dog", "nowhere.jpg"),
+    ("train.csv", lambda old: b"\xff\xfe\x00" + old, "train.csv"),
+    ("train.csv", lambda old: b"", "no image"),
+    ("test.csv", None, "test.csv"),
+    ("classes.txt", lambda old: b"", "100%_wool"),
+    ("classes.txt", lambda old: old + b"hot dog\n", "twice"),
+    ("classes.txt", lambda old: b"\xff\xfe\x00", "classes.txt"),
+]
+
+
+def folder_flags(name):
+    own = {"sst": "--arch toy --width 8 --hidden 4 4"}
+    clip = "--arch toy --neighbours 3" if name == "scinet" else "--arch toy --contexts 2"
+    size = "--size 64 --weights none --known 1 --batch-size 4 --epochs 1 --workers 0"
+    warm = " --warm-up 0" if name == "cbsa" else ""
+    return f"--data folder --root . {own.get(name, clip)} {size}{warm}".split()
+
+
+@each
+def test_unusual_images_and_class_names_are_handled(name, call, photos):
+    status, out, error = call(name, *folder_flags(name), "--out", "run")
+    assert status == 0 and "last epoch" in out and not error, error
+
+
+@each
+@pytest.mark.parametrize("case", range(len(BAD_FILES)))
+def test_bad_files_give_one_line(name, case, call, photos):
+    file, change, word = BAD_FILES[case]
+    path = photos / file
+    path.unlink() if change is None else path.write_bytes(change(path.read_bytes()))
+    status, _, error = call(name, *folder_flags(name), "--out", "run")
+    assert status == 2 and error.count("\n") == 1 and word in error, error
+
+
+class Malice:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+@each
+@pytest.mark.parametrize("kind", ["empty", "junk", "truncated", "pickled code", "a list", "alien"])
+def test_bad_checkpoints_give_one_line_and_run_nothing(name, kind, call, tmp_path):
+    path, whole = Path("last.pt"), Path("whole.pt")
+    if kind == "pickled code":
+        path.write_bytes(pickle.dumps(dict(method=name, args={}, model=Malice())))
+    elif kind == "a list":
+        torch.save([1, 2], path)
+    elif kind == "alien":
+        torch.save(dict(method="other"), path)
+    else:
+        torch.save(dict(method=name, x=torch.zeros(999)), whole)
+        cut = {"empty": b"", "junk": bytes(999), "truncated": whole.read_bytes()[:-999]}
+        path.write_bytes(cut[kind])
+    for use in (["--eval"], [], ["--predict", "x.png"]):
+        status, _, error = call(name, *small(name), "--resume", "last.pt", *use)
+        assert status == 2 and error.count("\n") == 1 and "last.pt" in error, error
+    assert not Path("executed").exists()
+
+
+@each
+def test_a_loss_that_breaks_names_its_step_and_leaves_the_checkpoint(name, call, monkeypatch):
+    assert call(name, *small(name), "--out", "run", "--stop-after", 1)[0] == 0
+    before, module, calls = Path("run/last.pt").read_bytes(), SCRIPTS[name][0], []
+    loss = dict(sst="partial_bce", cbsa="asymmetric_loss", scinet="weighted_bce")[name]
+    original = getattr(module, loss)
+
+    def breaks(*values, **options):
+        calls.append(loss)
+        return original(*values, **options) * (math.nan if len(calls) > 5 else 1)
+
+    monkeypatch.setattr(module, loss, breaks)
+    status, _, error = call(name, *small(name), "--out", "run", "--resume", "auto")
+    assert status == 2 and error.count("\n") == 1, error
+    assert re.search(r"epoch 2, step [23]: loss_\w+ is not finite", error), error
+    assert Path("run/last.pt").read_bytes() == before
 
 
 def test_class_names_that_are_blank_are_refused_by_name():
