@@ -420,7 +420,7 @@ def main() -> None:
     tower = [p for p in net.visual.parameters() if p.requires_grad]
     head = [net.scale, net.bias, *net.context.parameters()]
     groups = [dict(params=tower, lr=args.lr), dict(params=head, lr=args.head_lr, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(groups, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [args.lr, args.head_lr], total_steps=args.epochs * len(loader)
     )

@@ -462,7 +462,7 @@ def main() -> None:
     scalars = [net.gamma, net.beta, net.bias]  # decay would pull them away from CLIP's
     rest = [p for p in learned if all(p is not q for q in scalars)]
     groups = [dict(params=rest), dict(params=scalars, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, args.lr)
+    optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))
     known, truth, tally = torch.tensor(y), torch.tensor(data.train.y), {}
     a_q, start, best, metrics = label_graph(known, args.kappa, args.related), 1, None, None

@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import common
 from common import InputError
@@ -174,10 +175,15 @@ class SemanticDecoupling(nn.Module):
         self.word = nn.Linear(300, width, bias=False)
         self.attention = nn.Linear(width, 1)
 
+    def scores(self, u: Tensor, v: Tensor) -> Tensor:
+        joint = (u[:, :, None] * v).tanh_()  # (B, N, part of C, D)
+        return self.attention(joint).squeeze(-1)
+
     def forward(self, x: Tensor) -> Tensor:
         u, v = self.image(x), self.word(self.words)  # (B, N, D), (C, D)
-        joint = (u[:, :, None] * v).tanh_()  # (B, N, C, D), the largest tensor: only once
-        weight = self.attention(joint).squeeze(-1).softmax(dim=1)  # (B, N, C)
+        # 20 classes at a time, computed again in backward: (B, N, C, D) would be the largest tensor
+        parts = [checkpoint(self.scores, u, part, use_reentrant=False) for part in v.split(20)]
+        weight = torch.cat(parts, dim=2).softmax(dim=1)  # (B, N, C)
         return weight.transpose(1, 2) @ x  # (B, C, D)
 
 
@@ -508,7 +514,7 @@ def main() -> None:
         return common.report_test(data, metrics, logits, args)
 
     learned = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learned, args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.Adam(learned, args.lr, weight_decay=args.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, gamma=0.1)
     prototype, start, best = torch.zeros(len(data.classes), args.width, device=device), 1, None
     metrics, logits, tally = None, None, {}
