@@ -18,7 +18,8 @@ Run:  python cbsa.py                                               toy world, 5 
       python cbsa.py --data coco --root DIR --known 0.05           OpenAI's CLIP, fetched once
       python tests/ablations.py cbsa                               the table of the README
 
-Measured: see README.md, "Results".
+Measured: toy world, three seeds, mAP of the last epoch: 71.9 ± 0.5 with 5 % of the images known,
+73.6 ± 0.2 with 10 %, 74.7 ± 0.3 with 20 %; supervised only 68.5 ± 0.4, 71.9 ± 0.8, 74.8 ± 0.4.
 
 Differs from the paper, as far as can be known:
  1. "Where" and "what" have a prompt each (--one-prompt for one): the region showing a {class}

@@ -12,7 +12,8 @@ Run:  python sst.py                                                toy world, 10
       python sst.py --data coco --root DIR --known 0.5             the paper's recipe
       python tests/ablations.py sst                                the table of the README
 
-Measured: see README.md, "Results".
+Measured: toy world, three seeds, mAP of the last epoch: 78.4 ± 0.1 at 10 % known, 83.5 ± 0.5 at
+30 %, 85.7 ± 0.5 at 50 %; SSGRL 74.9 ± 1.6, 82.0 ± 0.5, 84.6 ± 0.4. About 110 s on 2 CPU cores.
 
 Differs from the paper:
  1. Eq. 2 averages over the known positives (--intra-reduce sum for the letter): five times 0.2

@@ -38,6 +38,7 @@ ROWS = {
         "without contexts": ("--no-context", (0.05, 0.2)),
         "one prompt": ("--one-prompt", (0.05, 0.2)),
         "one threshold for all classes": ("--global-threshold", (0.05, 0.2)),
+        "contexts with a fifth of the weight": ("--lambda-c 0.1", (0.05,)),
     },
     "scinet": {
         "known labels only": ("--no-augment", (0.1, 0.3, 0.5)),
