@@ -88,17 +88,19 @@ def run_script(main: Callable[[], None]) -> None:
         status, message = 0, ""
     except InputError as error:
         # from a loader's worker the text comes wrapped in a traceback; its last line is the message
-        status, message = 2, str(error).strip().splitlines()[-1].split("InputError: ")[-1]
+        message = str(error).strip().splitlines()[-1].split("InputError: ")[-1]
+        status, message = 2, f"error: {message}"
     except Interrupted as stop:
-        status, message = 128 + signals[0], f"{signal.Signals(signals[0]).name}: {stop}"
+        status, name = 128 + signals[0], signal.Signals(signals[0]).name
+        message = f"interrupted by {name}: {stop}"
     except RuntimeError as error:
         if processes() == 1 and "DataLoader worker" not in str(error):
             raise
         why = str(error).splitlines()[0]
-        status, message = 1, f"a process of this run died ({why}); --resume auto continues"
+        status, message = 1, f"error: a process of this run died ({why}); --resume auto continues"
     if status:
         if distributed.is_initialized() or os.environ.get("RANK", "0") == "0":
-            print("error:", message, file=sys.stderr, flush=True)
+            print(message, file=sys.stderr, flush=True)
         sys.exit(status)
 
 

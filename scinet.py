@@ -17,7 +17,9 @@ Run:  python scinet.py                                             toy world, 10
       python scinet.py --data coco --root DIR --known 0.1          OpenAI's CLIP, fetched once
       python tests/ablations.py scinet                             the table of the README
 
-Measured: see README.md, "Results".
+Measured: toy world, three seeds, mAP of the last epoch: 74.3 ± 0.3 at 10 % known, 74.5 ± 0.2 at
+30 %, 74.8 ± 0.1 at 50 %; known labels only 74.1 ± 0.3, 74.5 ± 0.3, 74.6 ± 0.1 (the frozen towers
+leave no room). The fusion on real labels, mAP of hidden entries: 26.3 -> 29.2 at 10 % known.
 
 Differs from the paper, as far as can be known:
  1. lambda_n and lambda_q: see the README for both choices measured.
