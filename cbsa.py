@@ -433,7 +433,7 @@ def main() -> None:
         start, best, metrics = state["epoch"] + 1, state["best"], state["metrics"]
         tally = common.to_device(state["tally"], device)
         common.set_generators(state["generators"], device)
-    log = common.RunLog(args, run, y, start, device)
+    log = common.RunLog(args, run, y, start if state else 0, device)
     for k in range(member.shape[1]):
         print(f"context {k}:", ", ".join(data.classes[c] for c in np.flatnonzero(cluster == k)))
     truth, known = torch.tensor(data.train.y), torch.tensor(y)
@@ -458,7 +458,7 @@ def main() -> None:
         return state | dict(tally=tally)
 
     where = torch.tensor(labelled, device=device)
-    for epoch in range(start, args.epochs + 1):
+    for epoch in range(start, min(args.epochs, args.stop_after or args.epochs) + 1):
         sampler.epoch = weak_sampler.epoch = epoch
         sampler.skip, begin = tally.get("step", 0), time.time()
         entry = dict(epoch=epoch, lr=tally.setdefault("lr", scheduler.get_last_lr()[0]))
@@ -488,7 +488,7 @@ def main() -> None:
             return print(f"stopped after epoch {epoch}; --out {log.out} --resume auto continues")
     columns = {"last epoch": metrics, "best on test (what most papers report)": best}
     print(common.metrics_table(columns))
-    if not args.dry_run:
+    if not log.silent:
         draw_attention(teacher.module, data, args.size, log.out / "samples.png")
         print(f"where the labels look: {log.out / 'samples.png'}")
 

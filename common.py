@@ -25,6 +25,7 @@ import signal
 import sys
 import textwrap
 import time
+import traceback
 import urllib.error
 import urllib.request
 import warnings
@@ -80,7 +81,7 @@ def run_script(main: Callable[[], None]) -> None:
     """
     logging.disable(logging.WARNING)  # open_clip warns of each tower without weights
     warnings.filterwarnings("ignore", module=r"torch\.")  # of what it does inside
-    if "WORLD_SIZE" not in os.environ:  # several processes would not all stop at the same step
+    if "LOCAL_RANK" not in os.environ:  # several processes would not all stop at the same step
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, ask_to_stop)
     try:
@@ -94,13 +95,13 @@ def run_script(main: Callable[[], None]) -> None:
         status, name = 128 + signals[0], signal.Signals(signals[0]).name
         message = f"interrupted by {name}: {stop}"
     except RuntimeError as error:
-        if processes() == 1 and "DataLoader worker" not in str(error):
+        if processes() == 1 and "DataLoader worker (pid" not in str(error):
             raise
+        traceback.print_exc()
         why = str(error).splitlines()[0]
         status, message = 1, f"error: a process of this run died ({why}); --resume auto continues"
     if status:
-        if distributed.is_initialized() or os.environ.get("RANK", "0") == "0":
-            print(message, file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
         sys.exit(status)
 
 
@@ -197,7 +198,7 @@ def all_rows(found: list[tuple[Tensor, ...]], rows: int) -> list[Tensor]:
         distributed.all_gather_object(everyone, found)
         found = [batch for part in everyone for batch in part]
     index, *values = (torch.cat(v) for v in zip(*found, strict=True))
-    assert len(index) == len(index.unique()), "the loader must bring every image exactly once"
+    assert index.sort().values.tolist() == [*range(rows)], "every image must come exactly once"
     return [v.new_zeros(rows, *v.shape[1:]).index_copy(0, index, v) for v in values]
 
 
@@ -843,11 +844,13 @@ DATASETS = {  # name: tree expected under --root, loader, official counts, where
 
 
 def open_image(item: str | np.ndarray) -> Image.Image:
-    """An RGB image from a file of any mode, or from a uint8 array; InputError when unreadable."""
+    """An RGB image from a file of 1 to 16 bits a channel or a uint8 array, else InputError."""
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
     try:
         with Image.open(item) as image:
+            if image.mode in ("I", "F"):
+                raise ValueError("32 bits a pixel have no known range; save it with 8 or 16")
             if image.mode.startswith("I"):  # 16 bits: convert() would clip them at 255
                 return Image.fromarray(np.uint8(np.asarray(image) >> 8)).convert("RGB")
             return image.convert("RGB")
@@ -922,6 +925,11 @@ class EpochSampler(Sampler):
             yield [(self.epoch, i) for i in batch.tolist()]
 
 
+def finish_the_step(worker: int) -> None:
+    """A signal to all processes of a run reaches the loader's: they must outlive the step."""
+    signal.signal(signal.SIGTERM, ask_to_stop)
+
+
 class OwnPart(Sampler):
     """The part of every batch of `sampler` that is this process's, under torchrun."""
 
@@ -946,7 +954,7 @@ def make_loader(
 ) -> DataLoader:
     """Brings (*uint8 views, labels, indices) of the batches of keys that `sampler` lists."""
     workers = dict(num_workers=args.workers, persistent_workers=args.workers > 0)
-    workers |= dict(pin_memory=torch.cuda.is_available())
+    workers |= dict(pin_memory=torch.cuda.is_available(), worker_init_fn=finish_the_step)
     sampler = OwnPart(sampler) if processes() > 1 else sampler
     dataset, own = ImageDataset(images, y, views, args.seed), torch.Generator()
     return DataLoader(dataset, batch_sampler=sampler, generator=own, **workers)
@@ -1080,10 +1088,18 @@ def save_checkpoint(path: Path, state: dict) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(args: Namespace, method: str, model_args: Sequence[str]) -> dict | None:
-    """The checkpoint of --resume, None without one. Puts its `model_args` into args, weights none.
+# arguments that may change when a run is continued
+FREE = set(
+    "out resume stop_after workers device root download compile eval predict dry_run limit weights"
+    .split()
+)
 
-    To continue a run they must be equal; --eval and --predict take the checkpoint's.
+
+def load_checkpoint(args: Namespace, method: str, model_args: Sequence[str]) -> dict | None:
+    """The checkpoint of --resume, None without one; its weights replace --weights.
+
+    To continue a run, all arguments but those of `FREE` must be equal; --eval and --predict take
+    `model_args` from the checkpoint.
     """
     path = f"{args.out}/last.pt" if args.resume == "auto" else args.resume
     if path is None or (args.resume == "auto" and not Path(path).exists()):
@@ -1096,13 +1112,12 @@ def load_checkpoint(args: Namespace, method: str, model_args: Sequence[str]) -> 
         raise InputError(f"--resume {path} is no readable checkpoint ({why})") from None
     if found != method:
         raise InputError(f"--resume {path} was written by {found}.py; use that")
-    schedule = {"epochs", "batch_size", "lr", "train_trunk"} & state["args"].keys()
-    for name in (*model_args, *sorted(schedule)):
-        old, new = state["args"][name], getattr(args, name)
-        if old != new and not (args.eval or args.predict):
-            raise InputError(f"--resume {path}: {name} was {old} and is {new} now; give {old}")
-        if name in model_args:
+    for name, new in vars(args).items():
+        old = state["args"].get(name, new)
+        if name in model_args and (args.eval or args.predict):
             setattr(args, name, old)
+        elif name not in FREE and old != new and not (args.eval or args.predict):
+            raise InputError(f"--resume {path}: {name} was {old} and is {new} now; give {old}")
     args.weights = "none"
     return state
 
@@ -1128,7 +1143,8 @@ class RunLog:
     """The folder OUT of a run: log.jsonl, last.pt, samples.png. A dry run writes nothing.
 
     log.jsonl begins with {"run": ...} and has one object an epoch, echoed as a line on stdout.
-    `start` is the first epoch of this process: after a checkpoint, later lines are dropped.
+    `start` is the epoch at which a checkpoint goes on, whose line and later ones are dropped, 0
+    without a checkpoint.
     """
 
     def __init__(
@@ -1138,7 +1154,8 @@ class RunLog:
         self.out = Path(args.out or next(path for path in free if not Path(path).exists()))
         self.args, self.run, self.device = args, run, device
         self.silent = args.dry_run or rank() > 0
-        if (self.out / "last.pt").exists() and not args.resume:
+        last, resume = self.out / "last.pt", args.resume
+        if last.exists() and not (resume == "auto" or (resume and last.samefile(resume))):
             raise InputError(f"--out {self.out} holds a run; add --resume auto, or choose another")
         where = "nothing is written" if args.dry_run else f"log in {self.out}"
         size = f"{y.shape[0]} training images of {y.shape[1]} classes"
@@ -1153,11 +1170,13 @@ class RunLog:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             path, lines = self.out / "log.jsonl", [json.dumps({"run": line})]
-            if start > 1 and path.exists():
-                first, *rest = path.read_text().splitlines(keepends=True)
-                whole = (line.strip() for line in rest if line.endswith("\n"))
-                lines = [first.strip(), *(x for x in whole if json.loads(x)["epoch"] < start)]
-            path.write_text("".join(f"{line}\n" for line in lines))
+            old = path.read_text().splitlines(keepends=True) if path.exists() else []
+            if start and old:
+                whole = (line.strip() for line in old[1:] if line.endswith("\n"))
+                lines = [old[0].strip(), *(x for x in whole if json.loads(x)["epoch"] < start)]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(f"{line}\n" for line in lines))
+            os.replace(temporary, path)
         except OSError as error:
             raise InputError(f"--out {self.out}: {error.strerror}") from None
 
@@ -1196,7 +1215,12 @@ class RunLog:
                 raise InputError(f"--out {self.out}: last.pt cannot be written: {why}") from None
 
     def interrupt(self, epoch: int, state: dict) -> None:
-        """Save a run in the middle of an epoch, then raise Interrupted."""
+        """Save a run in the middle of an epoch, then raise Interrupted.
+
+        InputError, and nothing is saved, when the loss broke in that epoch.
+        """
+        if "step" in state["tally"]:
+            mean_losses(state["tally"], epoch)
         self.checkpoint(state)
         saved = f"saved; --out {self.out} --resume auto continues"
         raise Interrupted(f"in epoch {epoch}, {'nothing saved' if self.silent else saved}")

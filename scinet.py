@@ -298,14 +298,18 @@ def label_graph(y: Tensor, kappa: float, related: int) -> Tensor:
 
 @torch.no_grad()
 def fuse(
-    s: Tensor, y: Tensor, a_n: Tensor, a_q: Tensor, lambda_n: float, lambda_q: float, steps=10
+    s: Tensor, y: Tensor, a_n: Tensor, a_q: Tensor, lambda_n: float, lambda_q: float, steps=None
 ) -> Tensor:
     """The unified confidence matrix P (n, C) in [0, 1] (paper); its objective is our reading.
 
     P = argmin 1/2 |P - S|^2 + lambda_n/2 tr(P'(I - A_n)P) + lambda_q/2 tr(P(I - A_q)P') with known
     entries fixed. Args: scores s (n, C) in [0, 1], y (n, C), A_n sparse (n, n), A_q (C, C). A step
-    shrinks the error to (lambda_n + lambda_q) / (1 + lambda_n + lambda_q) of it, or less.
+    shrinks the error to r = (lambda_n + lambda_q) / (1 + lambda_n + lambda_q) of it, or less;
+    without `steps`, as many as bring r^steps under 1e-5.
     """
+    r = (lambda_n + lambda_q) / (1 + lambda_n + lambda_q)
+    if steps is None:
+        steps = math.ceil(math.log(1e-5) / math.log(r)) if r else 1
     truth = (y == 1).to(s.dtype)
     p = torch.where(y == 0, s, truth)
     for _ in range(steps):
@@ -476,7 +480,7 @@ def main() -> None:
         memory, start, best = state["memory"], state["epoch"] + 1, state["best"]
         metrics, tally = state["metrics"], common.to_device(state["tally"], device)
         common.set_generators(state["generators"], device)
-    log = common.RunLog(args, run, y, start, device)
+    log = common.RunLog(args, run, y, start if state else 0, device)
     if not state:
         # CLIP's cosines are all positive: the mean of a class's logits becomes its prior's
         prior = ((known == 1).sum(0) + 0.5) / ((known != 0).sum(0) + 1)
@@ -497,7 +501,7 @@ def main() -> None:
         return state | dict(tally=tally)
 
     hidden_truth = truth.to(device)
-    for epoch in range(start, args.epochs + 1):
+    for epoch in range(start, min(args.epochs, args.stop_after or args.epochs) + 1):
         sampler.epoch, sampler.skip, begin = epoch, tally.get("step", 0), time.time()
         entry = dict(epoch=epoch, lr=tally.setdefault("lr", scheduler.get_last_lr()[0]))
         before = memory["s"]

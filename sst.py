@@ -417,20 +417,21 @@ def cross_pseudo_labels(f: Tensor, y: Tensor, prototype: Tensor, theta: float) -
 # ---------------------------------------------------------------------------------------- training
 
 
-def train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args, tally):
+def train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args, tally=None):
     """One pass. Returns log entries and the prototypes (C, D) of this epoch, for the next one.
 
     `truth` (images, C) serves the diagnostics of the pseudo-labels and nothing else. `tally` holds
     what the epoch has added up: see `common.add_losses`.
     """
     net.train()
+    tally = {} if tally is None else tally
     theta_intra, theta_cross = (threshold(epoch, t) for t in (args.theta_intra, args.theta_cross))
     device, zero = prototype.device, prototype.new_zeros(())
     begin, seen = time.time(), 0
     pairs = torch.triu_indices(len(prototype), len(prototype), offset=1)
     for images, y, index in common.progress(loader, f"epoch {epoch}"):
         # chosen before y leaves the CPU: to find them on the device, the step would have to wait
-        wanted = needed_pairs(y, *pairs, args.pairs).to(device, non_blocking=True)
+        wanted = net.pairs and needed_pairs(y, *pairs, args.pairs).to(device, non_blocking=True)
         images, y = images.to(device, non_blocking=True), y.to(device, non_blocking=True)
         outputs = *net(images, wanted), y, index.to(device, non_blocking=True)
         f, logits, pair_logits, y, index = common.gather(*outputs)
@@ -527,7 +528,7 @@ def main() -> None:
         common.set_generators(state["generators"], device)
     if args.compile:
         net.compile()
-    log = common.RunLog(args, run, y, start, device)
+    log = common.RunLog(args, run, y, start if state else 0, device)
     truth = torch.tensor(data.train.y, device=device)
 
     def state_of(epoch: int, tally: dict) -> dict:
@@ -535,7 +536,7 @@ def main() -> None:
         state |= dict(scheduler=scheduler.state_dict(), prototype=prototype, tally=tally)
         return state | dict(metrics=metrics, best=best)
 
-    for epoch in range(start, args.epochs + 1):
+    for epoch in range(start, min(args.epochs, args.stop_after or args.epochs) + 1):
         sampler.epoch, sampler.skip, begin = epoch, tally.get("step", 0), time.time()
         entry = dict(epoch=epoch, lr=scheduler.get_last_lr()[0])
         try:

@@ -16,9 +16,13 @@ import sst
 
 SCRIPTS = {"sst": sst, "cbsa": cbsa, "scinet": scinet}
 drawn = functools.cache(common.toy_scenes)
-common.toy_scenes = lambda n, seed: drawn(n // 40, seed)  # 50 training scenes, 25 test scenes
-common.load_toy(None)
-common.draw_sheet = lambda *cells, **more: None  # other tests look at the pictures
+drawn(50, 0), drawn(25, 1)
+
+
+def small_world() -> None:
+    """50 training scenes and 25 test scenes, and no pictures: other tests look at them."""
+    common.toy_scenes = lambda n, seed: drawn(n // 40, seed)
+    common.draw_sheet = lambda *cells, **more: None
 
 
 def at_call(module, name: str, number: int, act) -> None:
@@ -44,6 +48,7 @@ def serve(name: str, arguments: list[str], folder: str, where=None, sign=None, l
     sys.argv = [f"{name}.py", *arguments]
     sys.stdout, sys.stderr = open("stdout", "a"), open("stderr", "a")
     torch.set_num_threads(1)
+    small_world()
     if where:
         module, function, number = where
         at_call(sys.modules[module], function, number, lambda: os.kill(os.getpid(), sign))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Runs that are killed, interrupted, out of disk, or spread over processes; how many: KILLS=3."""
+"""Runs that are killed, interrupted, out of disk, or spread over processes; how many: KILLS=1."""
 
 import json
 import multiprocessing
@@ -19,7 +19,7 @@ from conftest import same
 import common
 
 ROOT = Path(__file__).resolve().parent.parent
-KILLS = int(os.environ.get("KILLS", 3))
+KILLS = int(os.environ.get("KILLS", 1))
 RUN = "--weights none --known 0.3 --batch-size 16 --epochs 3 --out run --resume auto".split()
 FLAGS = {
     "sst": [],
@@ -147,6 +147,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(name, start, whole, t
 RUNNER = """
 import sys
 import {name}, common, served
+served.small_world()
 if "{name}" == "sst":
     train = sst.SST.train
     sst.SST.train = lambda self, mode=True: (train(self, mode), self.project.eval())[0]
