@@ -125,15 +125,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------- model
 
 
-def local_features(pool: nn.Module, x: Tensor) -> Tensor:
-    """CLIP's attention pool without its attention: map x (B, D_in, h, w) -> (B, N, D).
+def pool_features(pool: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """CLIP's attention pool of a map x (B, D_in, h, w), without and with its attention.
 
-    The value of every position by itself; CLIP's image feature is an average of these (over
-    positions and their mean, weighted by head). Our reading.
+    Returns local features (B, N, D), the value of every position by itself (our reading), and
+    CLIP's image feature (B, D), an average of these over positions and their mean, weighted by
+    head. It has one query; open_clip's pool computes one more for every position.
     """
-    x = x.flatten(2).transpose(1, 2) + pool.positional_embedding[1:]  # (B, N, D_in)
+    x = x.flatten(2).transpose(1, 2)  # (B, N, D_in)
+    x = torch.cat((x.mean(1, keepdim=True), x), dim=1) + pool.positional_embedding
+    q, k, v = pool.q_proj(x[:, :1]), pool.k_proj(x), pool.v_proj(x)
+    heads = (z.unflatten(2, (pool.num_heads, -1)).transpose(1, 2) for z in (q, k, v))
+    whole = F.scaled_dot_product_attention(*heads)  # (B, heads, 1, D_in / heads)
     # l_i = W_c (W_v (x_i + e_i) + b_v) + b_c
-    return pool.c_proj(pool.v_proj(x))  # (B, N, D)
+    return pool.c_proj(v[:, 1:]), pool.c_proj(whole.flatten(1))
 
 
 def label_features(u: Tensor, where: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -185,7 +190,7 @@ class CBSA(nn.Module):
                 x = v.stem(common.normalise(images, *common.CLIP_MEAN_STD))
                 x = v.layer3(v.layer2(v.layer1(x)))
             x = v.layer4(x)  # (B, D_in, h, w)
-            u, whole = local_features(v.attnpool, x), v.attnpool(x)  # (B, N, D), (B, D)
+            u, whole = pool_features(v.attnpool, x)  # (B, N, D), (B, D)
         whole = F.normalize(whole.float(), dim=-1)
         h, attention = label_features(F.normalize(u.float(), dim=-1), self.where, self.tau)
         if self.whole:

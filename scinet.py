@@ -117,10 +117,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------- model
 
 
-def local_features(pool: nn.Module, x: Tensor) -> Tensor:
-    """CLIP's attention pool without its attention: map x (B, D_in, h, w) -> Z (B, N, D)."""
-    x = x.flatten(2).transpose(1, 2) + pool.positional_embedding[1:]  # (B, N, D_in)
-    return pool.c_proj(pool.v_proj(x))  # (B, N, D)
+def pool_features(pool: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """CLIP's attention pool of a map x (B, D_in, h, w), without and with its attention.
+
+    Returns Z (B, N, D), the value of every position by itself (our reading), and CLIP's image
+    feature f (B, D). It has one query; open_clip's pool computes one more for every position.
+    """
+    x = x.flatten(2).transpose(1, 2)  # (B, N, D_in)
+    x = torch.cat((x.mean(1, keepdim=True), x), dim=1) + pool.positional_embedding
+    q, k, v = pool.q_proj(x[:, :1]), pool.k_proj(x), pool.v_proj(x)
+    heads = (z.unflatten(2, (pool.num_heads, -1)).transpose(1, 2) for z in (q, k, v))
+    whole = F.scaled_dot_product_attention(*heads)  # (B, heads, 1, D_in / heads)
+    return pool.c_proj(v[:, 1:]), pool.c_proj(whole.flatten(1))
 
 
 class PromptEncoder(nn.Module):
@@ -183,7 +191,7 @@ class SCINet(nn.Module):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             x = v.stem(common.normalise(images, *common.CLIP_MEAN_STD))
             x = v.layer4(v.layer3(v.layer2(v.layer1(x))))  # (B, D_in, h, w)
-            f, z = v.attnpool(x), local_features(v.attnpool, x)
+            z, f = pool_features(v.attnpool, x)
         return F.normalize(f.float(), dim=-1), F.normalize(z.float(), dim=-1)
 
     def forward(self, images: Tensor, text: Tensor | None = None) -> tuple[Tensor, Tensor]:
