@@ -91,6 +91,9 @@ def run_script(main: Callable[[], None]) -> None:
         # from a loader's worker the text comes wrapped in a traceback; its last line is the message
         message = str(error).strip().splitlines()[-1].split("InputError: ")[-1]
         status, message = 2, f"error: {message}"
+    except OSError as error:  # a full disk, a folder that cannot be written
+        what = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+        status, message = 2, f"error: {what}; correct that and run again"
     except Interrupted as stop:
         status, name = 128 + signals[0], signal.Signals(signals[0]).name
         message = f"interrupted by {name}: {stop}"
@@ -973,12 +976,15 @@ def multilabel_metrics(logits: np.ndarray, y: np.ndarray) -> dict:
     """Metrics in percent of float logits (images, C) for y (images, C) in {1, -1}, else ValueError.
 
     `mAP`: non-interpolated, sklearn's average_precision_score. `mAP_interp`: VOC2010's all-point
-    interpolation. Both leave out classes without a positive: `empty_classes` of them, NaN in `ap`
-    (C,). OP OR OF1 CP CR CF1 at p >= 0.5; with `_top3` for the 3 highest scores of an image.
+    interpolation. Means over classes leave out those without a positive: `empty_classes` of them,
+    NaN in `ap` (C,). OP OR OF1 CP CR CF1 at p >= 0.5; with `_top3` for the 3 highest scores of an
+    image.
     """
     logits, y = np.asarray(logits, np.float32), np.asarray(y)
-    if logits.shape != y.shape or not np.isin(y, (1, -1)).all() or not np.isfinite(logits).all():
-        raise ValueError(f"finite logits {logits.shape} and y {y.shape} in {{1, -1}} wanted")
+    if logits.shape != y.shape or not np.isin(y, (1, -1)).all():
+        raise ValueError(f"logits {logits.shape} and y {y.shape} in {{1, -1}} do not fit")
+    if not np.isfinite(logits).all():
+        raise InputError("a score is not finite: training has diverged, a lower --lr may help")
     truth = y == 1
     shown = truth.any(0)
     ap, interpolated = np.full((2, y.shape[1]), np.nan)
@@ -992,9 +998,10 @@ def multilabel_metrics(logits: np.ndarray, y: np.ndarray) -> dict:
     top3 = np.zeros_like(truth)
     np.put_along_axis(top3, np.argsort(-logits, axis=1, kind="stable")[:, :3], True, axis=1)
     for suffix, said in (("", logits >= 0), ("_top3", top3)):
-        right, said, there = ((m.sum(0)[shown]) for m in (said & truth, said, truth))
+        right, said, there = (m.sum(0) for m in (said & truth, said, truth))
         overall = right.sum() / max(said.sum(), 1), right.sum() / max(there.sum(), 1)
-        by_class = [(right / np.maximum(v, 1)).sum() / max(len(v), 1) for v in (said, there)]
+        ratios = [(right / np.maximum(v, 1))[shown] for v in (said, there)]
+        by_class = [v.mean() if len(v) else 0.0 for v in ratios]
         for letter, (p, r) in (("O", overall), ("C", by_class)):
             f1 = 2 * p * r / max(p + r, 1e-12)
             for name, value in (("P", p), ("R", r), ("F1", f1)):
@@ -1167,27 +1174,23 @@ class RunLog:
         cuda = device.type == "cuda"
         versions["device"] = torch.cuda.get_device_name(device) if cuda else str(device)
         line = run | versions | dict(command=sys.argv, seed=args.seed, args=vars(args))
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            path, lines = self.out / "log.jsonl", [json.dumps({"run": line})]
-            old = path.read_text().splitlines(keepends=True) if path.exists() else []
-            if start and old:
-                whole = (line.strip() for line in old[1:] if line.endswith("\n"))
-                lines = [old[0].strip(), *(x for x in whole if json.loads(x)["epoch"] < start)]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in lines))
-            os.replace(temporary, path)
-        except OSError as error:
-            raise InputError(f"--out {self.out}: {error.strerror}") from None
+        self.out.mkdir(parents=True, exist_ok=True)
+        for stale in self.out.glob("last.*.tmp"):  # of a run that was killed while it wrote
+            stale.unlink()
+        path, lines = self.out / "log.jsonl", [json.dumps({"run": line})]
+        old = path.read_text().splitlines(keepends=True) if path.exists() else []
+        if start and old:
+            whole = (line.strip() for line in old[1:] if line.endswith("\n"))
+            lines = [old[0].strip(), *(x for x in whole if json.loads(x)["epoch"] < start)]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in lines))
+        os.replace(temporary, path)
 
     def write(self, entry: dict) -> None:
         if not self.silent:
             entry = {k: None if v != v else v for k, v in entry.items()}  # JSON knows no NaN
-            try:
-                with open(self.out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(entry) + "\n")
-            except OSError as error:
-                raise InputError(f"--out {self.out}: {error.strerror}") from None
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
 
     def epoch(self, entry: dict, begin: float) -> None:
         """Log an epoch that began at time `begin`."""
@@ -1259,10 +1262,7 @@ def draw_sheet(cells: Sequence[Cell], columns: int, path: Path, lines: int = 5) 
         sheet.paste(image.resize((side, side)), (x, y))
         for n, (line, colour) in enumerate(text[:lines]):
             draw.text((x, y + side + 1 + n * step), line, colour, font)
-    try:
-        sheet.save(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    sheet.save(path)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -112,7 +112,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", metavar="{auto,PATH}", help="continue OUT/last.pt if it is there, or PATH")
     add("--dry-run", action="store_true", help="a few steps on a few images, nothing written")
     parser.set_defaults(**RECIPES["toy" if data == "toy" else "real"])
-    return common.check_args(parser.parse_args(argv), "width", "lambda_1 lambda_2")
+    args = common.check_args(parser.parse_args(argv), "width", "lambda_1 lambda_2")
+    if min(args.hidden) < 1:
+        raise InputError(f"--hidden {args.hidden} must be two widths above 0")
+    return args
 
 
 # ------------------------------------------------------------------------------------------- model

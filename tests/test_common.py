@@ -487,13 +487,13 @@ def test_both_maps_against_literal_and_sklearn(ties):
 def test_precision_recall_f1_against_loops(suffix):
     rng = np.random.default_rng(1)
     y = rng.choice([-1, 1], (40, 5), p=[0.7, 0.3])
-    y[:, 4] = -1  # no positive: left out everywhere
+    y[:, 4] = -1  # no positive: left out of the means over classes
     logits = y + 2 * rng.standard_normal(y.shape)
     result = common.multilabel_metrics(logits, y)
     right, said, there = [0] * 5, [0] * 5, [0] * 5
     for n in range(40):
         top = sorted(range(5), key=lambda c: -logits[n, c])[:3]
-        for c in range(4):
+        for c in range(5):
             guess = c in top if suffix else logits[n, c] >= 0
             right[c] += guess and y[n, c] == 1
             said[c] += guess
@@ -514,9 +514,12 @@ def test_precision_recall_f1_against_loops(suffix):
 
 def test_metrics_refuse_unknown_labels_and_non_finite_logits():
     y = np.array([[1, -1], [-1, 1]])
-    for logits, labels in ((y * np.nan, y), (y * 1.0, y * 0), (y[:1] * 1.0, y)):
-        with pytest.raises(ValueError, match="finite logits"):
+    for logits, labels in ((y * 1.0, y * 0), (y[:1] * 1.0, y)):
+        with pytest.raises(ValueError, match="do not fit"):
             common.multilabel_metrics(logits, labels)
+    for value in (np.nan, np.inf):
+        with pytest.raises(common.InputError, match="not finite"):
+            common.multilabel_metrics(y * value, y)
 
 
 def test_metrics_of_perfect_and_of_empty_predictions():

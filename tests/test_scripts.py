@@ -108,6 +108,8 @@ def test_stop_and_resume_equals_one_run_bit_for_bit(name, call, tmp_path):
         "holds a run": [*flags, "--out", "parts"],
         "epochs": [*flags, "--out", "parts", "--resume", "auto", "--epochs", 3],
         "size": [*flags, "--out", "parts", "--resume", "auto", "--size", 128],
+        "/dev/null/x: Not a directory": [*flags, "--out", "/dev/null/x"],
+        "/dev/null: File": "--predict scene.png --out /dev/null --resume whole/last.pt".split(),
         "not-an-image": ["--predict", "not-an-image", "--resume", "whole/last.pt"],
         "junk.pt": ["--eval", "--resume", "junk.pt"],
     }.items():
@@ -187,6 +189,7 @@ BAD = [
 OWN_BAD = {
     "sst": [
         ("--sarl nosuch", "nosuch"),
+        ("--hidden 8 0", "--hidden"),
         ("--arch vit_b_16 --weights none", "spatial"),
         ("--glove nowhere.txt --weights none", "nowhere.txt"),
     ],
