@@ -214,11 +214,14 @@ class GatedGraph(nn.Module):
         self.cell, self.output = nn.GRUCell(2 * width, width), nn.Linear(2 * width, width)
         self.steps = steps
 
+    def step(self, h: Tensor) -> Tensor:
+        message = torch.cat((self.adjacency @ h, self.adjacency.T @ h), dim=-1)  # (B, C, 2D)
+        return self.cell(message.flatten(0, 1), h.flatten(0, 1)).view_as(h)
+
     def forward(self, f: Tensor) -> Tensor:
         h = f
-        for _ in range(self.steps):
-            message = torch.cat((self.adjacency @ h, self.adjacency.T @ h), dim=-1)  # (B, C, 2D)
-            h = self.cell(message.flatten(0, 1), h.flatten(0, 1)).view_as(f)
+        for _ in range(self.steps):  # computed again in backward: a step has ten (B, C, D) tensors
+            h = checkpoint(self.step, h, use_reentrant=False)
         return torch.tanh(self.output(torch.cat((h, f), dim=-1)))
 
 
@@ -231,7 +234,8 @@ class PairNet(nn.Module):
     def __init__(self, num_classes: int, width: int, hidden: tuple[int, int]) -> None:
         super().__init__()
         self.first = nn.Linear(2 * width, hidden[0])
-        self.rest = nn.Sequential(nn.ReLU(), nn.Linear(*hidden), nn.ReLU(), nn.Linear(hidden[1], 1))
+        relu = nn.ReLU(inplace=True)
+        self.rest = nn.Sequential(relu, nn.Linear(*hidden), relu, nn.Linear(hidden[1], 1))
         i, j = torch.triu_indices(num_classes, num_classes, offset=1)
         self.register_buffer("i", i, persistent=False)
         self.register_buffer("j", j, persistent=False)
@@ -242,9 +246,11 @@ class PairNet(nn.Module):
         a, b = F.linear(f, left, self.first.bias), F.linear(f, right)  # (B, C, hidden)
         # Eq. 1: p_ij = phi_intra([f_i, f_j]); the sigmoid is taken where p is needed
         if wanted is None:
-            return self.rest(a[:, self.i] + b[:, self.j]).squeeze(-1)  # (B, pairs)
+            wanted = torch.arange(len(f) * len(self.i), device=f.device)
         row, pair = wanted // len(self.i) * f.shape[1], wanted % len(self.i)
-        a, b = a.flatten(0, 1)[row + self.i[pair]], b.flatten(0, 1)[row + self.j[pair]]
+        # not a[...]: on a CPU, its gradient is added up in the order in which threads come
+        a = F.embedding(row + self.i[pair], a.flatten(0, 1))
+        b = F.embedding(row + self.j[pair], b.flatten(0, 1))
         p = self.rest(a + b).squeeze(-1)  # (m,)
         return p.new_zeros(len(f) * len(self.i)).index_copy(0, wanted, p).view(len(f), -1)
 
@@ -461,10 +467,10 @@ def train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args, tally
         loss_cls = loss_known + loss_intra + loss_cross
         # Eq. 11: L = L_cls + lambda_1 L_ist + lambda_2 L_cst
         loss = loss_cls + args.lambda_1 * loss_ist + args.lambda_2 * loss_cst
-        optimizer.zero_grad()
         loss.backward()
         common.sum_gradients(net)
         optimizer.step()
+        optimizer.zero_grad()  # here: the next forward does not hold them
         parts = dict(loss_known=loss_known, loss_intra=loss_intra, loss_cross=loss_cross)
         common.add_losses(tally, parts | dict(loss_ist=loss_ist, loss_cst=loss_cst, loss=loss))
         guesses = dict(pseudo=torch.maximum(intra, cross), ist=intra, cst=cross).items()

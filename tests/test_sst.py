@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import double, random_labels
+from conftest import double, random_images, random_labels
 
 import common
 import sst
@@ -307,6 +307,20 @@ def train(net, args, data, y, truth, epochs=(40, 41)):  # late: thresholds at th
         log, prototype = sst.train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args)
         logs.append(log)
     return logs, net.state_dict() | {"prototype": prototype}
+
+
+def test_no_gradient_hangs_on_the_order_of_threads(rng):
+    """The gradient of indexing adds up as threads come, on a CPU; bits would change with load."""
+    net, y = tiny_run("--limit 64")[2], random_labels(rng, 4, 16)
+    wanted = sst.needed_pairs(y, net.pairs.i, net.pairs.j)
+    _, logits, pair_logits = net(random_images(rng, 64, 4), wanted)
+    todo, seen = [logits.grad_fn, pair_logits.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        seen.add(node)
+        todo += [before for before, _ in node.next_functions if before and before not in seen]
+    names = {node.name() for node in seen}
+    assert "EmbeddingBackward0" in names and "IndexBackward0" not in names, names
 
 
 def test_no_leak_of_hidden_labels():
