@@ -334,10 +334,10 @@ def train_one_epoch(net, teacher, loader, optimizer, scheduler, labelled, args, 
         if not args.no_context:
             context = parts["loss_context"] + args.lambda_u * parts["loss_context_unlabelled"]
             loss = loss + args.lambda_c * context
-        optimizer.zero_grad()
         loss.backward()
         common.sum_gradients(net)
         optimizer.step()
+        optimizer.zero_grad()  # here: the next forward does not hold them
         scheduler.step()
         teacher.update_parameters(net)
         common.add_losses(tally, parts | dict(loss=loss))

@@ -81,6 +81,7 @@ def run_script(main: Callable[[], None]) -> None:
     """
     logging.disable(logging.WARNING)  # open_clip warns of each tower without weights
     warnings.filterwarnings("ignore", module=r"torch\.")  # of what it does inside
+    warnings.filterwarnings("ignore", "Sparse CSR")  # beta since 2021
     if "LOCAL_RANK" not in os.environ:  # several processes would not all stop at the same step
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, ask_to_stop)

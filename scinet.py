@@ -274,7 +274,7 @@ def instance_graph(f: Tensor, neighbours: int, sigma: float, block: int = 1024) 
     (i, j), w = graph.indices(), graph.values()
     scale = torch.zeros(n).index_add_(0, i, w).clamp(min=1e-30).rsqrt()
     w.mul_(scale[i]).mul_(scale[j])
-    return graph
+    return graph.to_sparse_csr()  # its products take half the time
 
 
 @torch.no_grad()
@@ -318,12 +318,12 @@ def fuse(
     r = (lambda_n + lambda_q) / (1 + lambda_n + lambda_q)
     if steps is None:
         steps = math.ceil(math.log(1e-5) / math.log(r)) if r else 1
-    truth = (y == 1).to(s.dtype)
-    p = torch.where(y == 0, s, truth)
+    unknown, truth = (y == 0).to(s.dtype), (y == 1).to(s.dtype)
+    p = truth + unknown * s
     for _ in range(steps):
         # P <- clip((S + lambda_n A_n P + lambda_q P A_q) / (1 + lambda_n + lambda_q))
         p = (s + lambda_n * (a_n @ p) + lambda_q * (p @ a_q)) / (1 + lambda_n + lambda_q)
-        p = torch.where(y == 0, p.clamp(0, 1), truth)
+        p = truth + unknown * p.clamp(0, 1)
     return p
 
 
@@ -409,10 +409,10 @@ def train_one_epoch(net, loader, optimizer, scheduler, memory, truth, epoch, arg
             guessed = common.pseudo_counts(targets(q, y, threshold), y, truth[index])
             passed = ((q >= args.tau) & (y == 0)).sum(0)
             common.add_up(tally, dict(passed=passed, pseudo=guessed))
-        optimizer.zero_grad()
         loss.backward()
         common.sum_gradients(net)
         optimizer.step()
+        optimizer.zero_grad()  # here: the next forward does not hold them
         scheduler.step()
         common.add_losses(tally, parts | dict(loss=loss))
     none = torch.tensor([0, 0, 0, 1])
