@@ -79,7 +79,7 @@ def run_script(main: Callable[[], None]) -> None:
 
     InputError 2, SIGINT 130, SIGTERM 143, a process of the run that died 1.
     """
-    logging.disable(logging.WARNING)  # open_clip warns of each tower without weights
+    logging.disable(logging.ERROR)  # open_clip warns of each tower without weights
     warnings.filterwarnings("ignore", module=r"torch\.")  # of what it does inside
     warnings.filterwarnings("ignore", "Sparse CSR")  # beta since 2021
     if "LOCAL_RANK" not in os.environ:  # several processes would not all stop at the same step
@@ -92,6 +92,9 @@ def run_script(main: Callable[[], None]) -> None:
         # from a loader's worker the text comes wrapped in a traceback; its last line is the message
         message = str(error).strip().splitlines()[-1].split("InputError: ")[-1]
         status, message = 2, f"error: {message}"
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:  # a full disk, a folder that cannot be written
         what = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
         status, message = 2, f"error: {what}; correct that and run again"
@@ -285,7 +288,8 @@ def load_data(name: str, root: str | None, limit: int | None = None, fetch: bool
         with first_process_first():
             download(name, root, source)
     if tree and (root is None or not Path(root).is_dir()):
-        raise InputError(f"--root {root} is no folder; --data {name} needs {tree} there")
+        what = "--root DIR is missing" if root is None else f"--root {root} is no folder"
+        raise InputError(f"{what}; --data {name} needs {tree} there")
     data = load(root and Path(root))
     found = len(data.train.y), len(data.test.y)
     if counts and found != counts:
@@ -397,10 +401,12 @@ def check_images(paths: Sequence[str]) -> None:
 def parse(path: Path, reader: Callable[[str], object]) -> object:
     """reader(text of the file); whatever is wrong with it becomes an InputError that names it."""
     try:
-        return reader(path.read_text(encoding="utf-8"))
+        return reader(path.read_text(encoding="utf-8-sig"))  # Excel begins a csv with a BOM
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; --help and the README say what is needed") from None
     except (OSError, ValueError, LookupError, TypeError, ElementTree.ParseError) as error:
         why = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path} cannot be used ({why}); correct it or fetch it again") from None
+        raise InputError(f"{path} cannot be used ({why}); correct it") from None
 
 
 def load_coco(root: Path) -> Data:
@@ -543,13 +549,16 @@ def load_folder(root: Path) -> Data:
         for number, line in enumerate(csv.reader(text.splitlines()), start=1):
             if not line:
                 continue
-            if len(line) != 2 or line[0] in rows:
-                raise ValueError(f"line {number} is not path,labels or names its path again")
+            if len(line) != 2:
+                raise ValueError(f"line {number} is not path,label;label;-label")
+            if line[0] in rows:
+                raise ValueError(f"line {number} names {line[0]} again")
             rows[line[0]] = y = np.zeros(len(classes), np.int8)
             for label in filter(None, map(str.strip, line[1].split(";"))):
                 name, sign = (label[1:], -1) if label[0] == "-" else (label, 1)
                 if name not in classes:
-                    raise ValueError(f"line {number}: {name} is not in classes.txt")
+                    why = f"line {number}: {name} is not in classes.txt; no header line is wanted"
+                    raise ValueError(why)
                 if y[(c := classes.index(name))] == -sign:
                     raise ValueError(f"line {number}: {name} is both present and absent")
                 y[c] = sign
@@ -682,7 +691,8 @@ def load_toy(root: None) -> Data:
 def cached_weights(name: str, make: Callable[[], nn.Module]) -> str:
     """Path of the state dict of `make()`, which is called once for all runs of this user.
 
-    The name of the file holds a hash of the recipe: make's source and that of the toy world.
+    The name of the file holds a hash of the recipe: make's source and that of the toy world. Always
+    two threads: their number changes the rounding, and with it the weights.
     """
     world = CONTEXTS, DRAWINGS, COLOURS, CLUTTER, OBJECT_SIZE, NOISE, ELSEWHERE, MISLEADING
     world += TOY_CLIP, TOY_CAPTIONS
@@ -693,9 +703,13 @@ def cached_weights(name: str, make: Callable[[], nn.Module]) -> str:
     path = base / f"{name}-{recipe}.pth"
     with first_process_first(), torch.random.fork_rng(devices=[]):
         if not path.exists():
+            print(f"pretraining for the toy world, once, into {path}", flush=True)
             base.mkdir(parents=True, exist_ok=True)
             torch.manual_seed(0)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(2)
             save_checkpoint(path, make().state_dict())
+            torch.set_num_threads(threads)
     return str(path)
 
 
@@ -794,8 +808,10 @@ def load_clip(arch: str, weights: str, size: int) -> tuple[nn.Module, Callable]:
         with first_process_first():  # it may download
             net = open_clip.create_model(name, None if weights == "none" else weights, **config)
     except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise InputError(f"--arch {arch} --weights {weights}: {why}") from None
+        why, hint = " ".join(str(error).split())[:150], "give another file"
+        if weights == "openai":
+            hint = "they are fetched once: go online, or try --arch toy --size 96"
+        raise InputError(f"--arch {arch} --weights {weights}: {why} ...; {hint}") from None
     pool = net.visual.attnpool
     mean, grid = pool.positional_embedding.detach().split((1, len(pool.positional_embedding) - 1))
     grid = grid.unflatten(0, (math.isqrt(len(grid)), -1)).permute(2, 0, 1)[None]  # (1, D, h, w)
@@ -1011,19 +1027,23 @@ def multilabel_metrics(logits: np.ndarray, y: np.ndarray) -> dict:
 
 
 def pseudo_counts(pseudo: Tensor, y: Tensor, truth: Tensor) -> Tensor:
-    """(4,): pseudo positives, those right, hidden positives, images. Diagnostic: sees the truth."""
+    """(5,): pseudo positives, those with a truth, those right, hidden positives, images.
+
+    Diagnostic: sees the truth, which is 0 where nobody knows it.
+    """
     guess, hidden = (pseudo == 1) & (y == 0), (y == 0) & (truth == 1)
     images = hidden.new_tensor(len(y), dtype=torch.long)
-    return torch.stack([guess.sum(), (guess & hidden).sum(), hidden.sum(), images])
+    judged, right = guess & (truth != 0), guess & hidden
+    return torch.stack([guess.sum(), judged.sum(), right.sum(), hidden.sum(), images])
 
 
 def pseudo_quality(counts: dict[str, Tensor]) -> dict:
     """Log entries from summed `pseudo_counts` by name; None where a ratio has no denominator."""
     entry = {}
     for name, values in counts.items():
-        guessed, right, hidden, images = values.tolist()
+        guessed, judged, right, hidden, images = values.tolist()
         entry[f"{name}_per_image"] = guessed / max(images, 1)
-        entry[f"{name}_precision"] = right / guessed if guessed else None
+        entry[f"{name}_precision"] = right / judged if judged else None
         entry[f"{name}_recall"] = right / hidden if hidden else None
     return entry
 
@@ -1075,6 +1095,8 @@ def check_args(args: Namespace, above_zero: str, not_below_zero: str) -> Namespa
 
 def load_weights(net: nn.Module, path: str) -> nn.Module:
     """Load a state dict into `net` and return it; InputError when the file is none or misfits."""
+    if not Path(path).is_file():
+        raise InputError(f"--weights {path} is no file; give a state dict, default or none")
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a file of any content comes here
@@ -1112,6 +1134,8 @@ def load_checkpoint(args: Namespace, method: str, model_args: Sequence[str]) -> 
     path = f"{args.out}/last.pt" if args.resume == "auto" else args.resume
     if path is None or (args.resume == "auto" and not Path(path).exists()):
         return None
+    if not Path(path).is_file():
+        raise InputError(f"--resume {path} does not exist; give the last.pt of a run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["method"]
@@ -1134,7 +1158,8 @@ def check_same_run(state: dict, run: dict, args: Namespace) -> None:
     """Refuse to continue a run with other data, classes or mask; the InputError names both."""
     for name, value in run.items():
         if state[name] != value and not (args.eval and name == "mask"):
-            raise InputError(f"--resume: {name} was {state[name]} and is {value} now")
+            hint = "give the --data, --root, --limit, --known and --mask-seed of that run"
+            raise InputError(f"--resume: {name} was {state[name]} and is {value} now; {hint}")
 
 
 def to_device(tally: dict, device: torch.device) -> dict:
@@ -1203,7 +1228,9 @@ class RunLog:
         line = "epoch {epoch:3d}  loss {loss:.4f}  mAP {mAP:.2f}  mAP-interp {mAP_interp:.2f}"
         line += "  OF1 {OF1:.1f}  CF1 {CF1:.1f}  {seconds:.1f} s  {images_per_second:.0f} images/s"
         if entry["pseudo_per_image"]:
-            line += "  pseudo {pseudo_per_image:.2f}/image, {pseudo_precision:.0%} right"
+            line += "  pseudo {pseudo_per_image:.2f}/image"
+        if entry["pseudo_precision"] is not None:
+            line += ", {pseudo_precision:.0%} right"
         print(line.format(**entry), flush=True)
 
     def checkpoint(self, state: dict) -> None:
@@ -1244,6 +1271,7 @@ class RunLog:
                 names = ", ".join(data.classes[c] for c in np.flatnonzero(which))
                 wrapped = textwrap.wrap(f"{word}: {names}", 30) if names else ()
                 text += [(line, colour) for line in wrapped]
+            text = text or [("nothing there, nothing said", "gray")]
             cells.append((open_image(data.test.images[k]), text))
         draw_sheet([*cells, *more], 6, self.out / "samples.png")
         print(f"test images with their labels and predictions: {self.out / 'samples.png'}")

@@ -24,7 +24,8 @@ Differs from the paper:
  3. Eq. 6 keeps the mean unit feature of a class from the last epoch, which is the mean of cosines.
  4. Eq. 7-8 average (+,+) pairs and the rest apart, over a batch; the rare (+,+) would drown.
  5. Every loss is a mean, so the toy recipe has its own lambdas.
- 6. The trunk keeps its batch statistics; SSGRL's two linear maps after the tanh are one;
+ 6. The trunk keeps its batch statistics and all its stages but the last (the authors' code does;
+    --train-trunk all); SSGRL's two linear maps after the tanh are one;
     the graph's cell is a GRU cell; the first layer of phi_intra takes 2D numbers.
 """
 
@@ -44,7 +45,7 @@ from torch.utils.checkpoint import checkpoint
 import common
 from common import InputError
 
-RECIPES = {  # "real" is the paper's; lambdas differ because every loss here is a mean
+RECIPES = {  # "real" is the paper's, its lambdas too, though every loss here is a mean
     "real": dict(
         arch="resnet101", size=448, width=1024, hidden=(512, 1024), crops=(512, 448, 384, 320, 256),
         epochs=20, batch_size=32, lr=1e-5, lr_step=10, weight_decay=5e-4, workers=4,
@@ -112,6 +113,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", metavar="{auto,PATH}", help="continue OUT/last.pt if it is there, or PATH")
     add("--dry-run", action="store_true", help="a few steps on a few images, nothing written")
     parser.set_defaults(**RECIPES["toy" if data == "toy" else "real"])
+    if data == "folder":
+        parser.set_defaults(known=1.0)  # what is unknown there nobody knows
     args = common.check_args(parser.parse_args(argv), "width", "lambda_1 lambda_2")
     if min(args.hidden) < 1:
         raise InputError(f"--hidden {args.hidden} must be two widths above 0")
@@ -135,9 +138,11 @@ def build_trunk(arch: str, weights: str) -> tuple[nn.Sequential, nn.Sequential, 
         default = "IMAGENET1K_V1" if weights == "default" else None
         try:
             net = torchvision.models.get_model(arch, weights=default)
-        except (OSError, ValueError) as error:
-            hint = "choose resnet101 or mobilenet_v2, or give a file of --weights"
-            raise InputError(f"--arch {arch}: {error}; {hint}") from None
+        except ValueError as error:
+            raise InputError(f"--arch {arch}: {error}; try resnet101 or mobilenet_v2") from None
+        except (OSError, RuntimeError) as error:
+            hint = "they are fetched once: go online, or give a file of --weights, or none"
+            raise InputError(f"--arch {arch}: ImageNet weights: {error}; {hint}") from None
         layers = [*net.children()][:-2] if hasattr(net, "layer4") else getattr(net, "features", [])
     if weights not in ("default", "none"):
         common.load_weights(net, weights)
@@ -255,7 +260,10 @@ class PairNet(nn.Module):
         return p.new_zeros(len(f) * len(self.i)).index_copy(0, wanted, p).view(len(f), -1)
 
     def matrix(self, logits: Tensor, num_classes: int) -> Tensor:
-        """Pair logits (B, pairs) -> P (B, C, C): probabilities, symmetric, zero diagonal."""
+        """Pair logits (B, pairs) -> P (B, C, C): probabilities, symmetric, zero diagonal.
+
+        Pairs not `wanted` have 1/2 there; Eq. 2 never reads them.
+        """
         p = logits.new_zeros(len(logits), num_classes, num_classes)
         p[:, self.i, self.j] = p[:, self.j, self.i] = torch.sigmoid(logits)
         return p
@@ -355,11 +363,11 @@ def cst_loss(f: Tensor, y: Tensor) -> Tensor:
     """
     u = F.normalize(f, dim=-1)  # Eq. 5: s_c^{n,m} = u_n . u_m
 
-    def pairs(member: Tensor) -> tuple[Tensor, Tensor]:  # member (B, C) -> sum of s, number
+    def cosines(member: Tensor) -> tuple[Tensor, Tensor]:  # member (B, C) -> sum, number of pairs
         selves, n = (member * u.square().sum(-1)).sum(), member.sum(0)
         return torch.einsum("bc,bcd->cd", member, u).square().sum() - selves, (n * (n - 1)).sum()
 
-    (s_pos, n_pos), (s_known, n_known) = (pairs(m.to(u.dtype)) for m in (y == 1, y != 0))
+    (s_pos, n_pos), (s_known, n_known) = (cosines(m.to(u.dtype)) for m in (y == 1, y != 0))
     n_rest = n_known - n_pos
     # Eq. 8: 1 - s where both are present, 1 + s otherwise; Eq. 7, as a mean over either kind
     attract = torch.where(n_pos > 0, (n_pos - s_pos) / n_pos.clamp(min=1), 0.0)
@@ -440,7 +448,9 @@ def train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args, tally
     pairs = torch.triu_indices(len(prototype), len(prototype), offset=1)
     for images, y, index in common.progress(loader, f"epoch {epoch}"):
         # chosen before y leaves the CPU: to find them on the device, the step would have to wait
-        wanted = net.pairs and needed_pairs(y, *pairs, args.pairs).to(device, non_blocking=True)
+        wanted = None
+        if net.pairs is not None:
+            wanted = needed_pairs(y, *pairs, args.pairs).to(device, non_blocking=True)
         images, y = images.to(device, non_blocking=True), y.to(device, non_blocking=True)
         outputs = *net(images, wanted), y, index.to(device, non_blocking=True)
         f, logits, pair_logits, y, index = common.gather(*outputs)
@@ -462,7 +472,8 @@ def train_one_epoch(net, loader, optimizer, prototype, truth, epoch, args, tally
             positive = (y == 1).float()
             sums = torch.einsum("bc,bcd->cd", positive, F.normalize(f.detach(), dim=-1))
             common.add_up(tally, dict(sums=sums, count=positive.sum(0)[:, None]))
-        # Eq. 10: L_cls is the loss on the known labels plus that on either completed set
+        # Eq. 10: L_cls is the loss on the known labels plus that on either completed set; as long
+        # as there are no pseudo-labels, three times the same
         loss_known = partial_bce(logits, y)
         loss_cls = loss_known + loss_intra + loss_cross
         # Eq. 11: L = L_cls + lambda_1 L_ist + lambda_2 L_cst
@@ -508,6 +519,8 @@ def main() -> None:
 
     data = common.load_data(args.data, args.root, args.limit, args.download)
     y = common.hide_entries(data.train.y, args.known, args.mask_seed)
+    if not y.any():
+        raise InputError(f"--known {args.known} of {y.size} labels leaves none known; raise it")
     run = dict(method="sst", data=args.data, classes=data.classes, mask=common.mask_hash(y))
     net = SST(args, data.classes, cooccurrence(torch.tensor(y)))
     if device.type == "cuda" and common.processes() > 1:

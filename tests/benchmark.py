@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -354,6 +355,7 @@ def main() -> None:
     args = parser.parse_args()
     cuda = args.device == "cuda"
     logging.disable(logging.WARNING)  # open_clip warns of each tower without weights
+    warnings.filterwarnings("ignore", "Sparse")  # torch's of what it calls beta
     torch.manual_seed(0)
     if args.peak:
         return print_peak(args.peak[0], int(args.peak[1]))

@@ -260,7 +260,7 @@ def folder(tmp_path):
         picture(tmp_path / "my images" / name)
     (tmp_path / "classes.txt").write_text("cat\nhot dog\nDürer\n\n", encoding="utf-8")
     train = '"my images/a b.jpg",cat;-hot dog\n\nmy images/c.png, Dürer ; cat\n'
-    (tmp_path / "train.csv").write_text(train, encoding="utf-8")
+    (tmp_path / "train.csv").write_text(train, encoding="utf-8-sig")
     (tmp_path / "test.csv").write_text("my images/d.jpg,hot dog\n")
     return tmp_path
 
@@ -535,6 +535,9 @@ def test_pseudo_quality_counts_unknown_entries_only():
     pseudo = torch.tensor([[1, 1, 1, -1], [0, 1, 0, 0]])
     quality = common.pseudo_quality({"p": common.pseudo_counts(pseudo, y, truth)})
     assert quality == {"p_per_image": 1.5, "p_precision": 2 / 3, "p_recall": 2 / 3}
+    truth[0, 2] = 0  # nobody knows: neither right nor wrong
+    quality = common.pseudo_quality({"p": common.pseudo_counts(pseudo, y, truth)})
+    assert quality == {"p_per_image": 1.5, "p_precision": 1, "p_recall": 2 / 3}
 
 
 # -------------------------------------------------------------------------------------------- runs
