@@ -17,6 +17,7 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU, skipped without")
+    config.addinivalue_line("filterwarnings", "ignore:Sparse CSR")  # beta since 2021
 
 
 @pytest.fixture(autouse=True)
