@@ -1333,11 +1333,15 @@ def predict(score: Callable, args: Namespace, classes: list[str], device: torch.
 
     score: images -> logits. The pictures go to --out or here, as NAME-labels.png.
     """
+    drawn = set()
     for path in args.predict:
-        image = open_image(path)
+        image, name = open_image(path), Path(path).stem
+        while name in drawn:  # of another folder
+            name += "+"
+        drawn.add(name)
         p = torch.sigmoid(score(test_transform(args.size)(image)[None].to(device)))[0]
         top = [(classes[c], f"{p[c]:.3f}") for c in p.argsort(descending=True)[:5].tolist()]
-        picture = Path(args.out or ".") / f"{Path(path).stem}-labels.png"
+        picture = Path(args.out or ".") / f"{name}-labels.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
-        draw_sheet([(image, [(f"{name} {value}", "black") for name, value in top])], 1, picture)
+        draw_sheet([(image, [(f"{label} {value}", "black") for label, value in top])], 1, picture)
         print(path, markdown_table(["label", "probability"], top), f"-> {picture}", sep="\n")

@@ -97,8 +97,9 @@ def test_stop_and_resume_equals_one_run_bit_for_bit(name, call, tmp_path):
     evaluated = call(name, "--limit", 48, "--eval", "--resume", "whole/last.pt")
     assert evaluated[0] == 0 and f"{whole['metrics']['mAP']:.2f}" in evaluated[1], evaluated
     common.Image.fromarray(common.toy_scenes(1, 5)[0][0]).save("scene.png")
-    predicted = call(name, "--predict", "scene.png", "--resume", "whole/last.pt")
+    predicted = call(name, "--predict", "scene.png", "./scene.png", "--resume", "whole/last.pt")
     assert predicted[0] == 0 and "probability" in predicted[1], predicted
+    assert Path("scene-labels.png").exists() and Path("scene+-labels.png").exists()
 
     Path("not-an-image").write_bytes(b"x" * 100)
     Path("junk.pt").write_bytes(b"x" * 100)
