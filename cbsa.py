@@ -75,7 +75,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", default="toy", help=f"one of {', '.join(common.DATASETS)}")
     add("--root", help="folder of the data set")
     add("--download", action="store_true", help="fetch voc2007, voc2012 or coco into --root first")
-    add("--known", type=float, default=0.05, help="proportion of IMAGES kept labelled, in (0, 1]")
+    known = 1.0 if data == "folder" else 0.05  # one's own: what is unknown, nobody knows
+    add("--known", type=float, default=known, help="proportion of IMAGES kept labelled, in (0, 1]")
     add("--mask-seed", type=int, default=1, help="which images are labelled; 1 is the benchmark's")
     add("--limit", type=int, help="use the first LIMIT images of each split")
     add("--eval", action="store_true", help="only evaluate the checkpoint of --resume PATH")
@@ -111,8 +112,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", metavar="{auto,PATH}", help="continue OUT/last.pt if it is there, or PATH")
     add("--dry-run", action="store_true", help="a few steps on a few images, nothing written")
     parser.set_defaults(**RECIPES["toy" if data == "toy" else "real"])
-    if data == "folder":
-        parser.set_defaults(known=1.0)  # what is unknown there nobody knows
     parser.set_defaults(contexts=CONTEXTS.get(data, 0))
     not_below = "lambda_u lambda_c warm_up ema contexts"
     args = common.check_args(parser.parse_args(argv), "tau head_lr", not_below)
@@ -126,22 +125,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ------------------------------------------------------------------------------------------- model
-
-
-def pool_features(pool: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """CLIP's attention pool of a map x (B, D_in, h, w), without and with its attention.
-
-    Returns local features (B, N, D), the value of every position by itself (our reading), and
-    CLIP's image feature (B, D), an average of these over positions and their mean, weighted by
-    head. It has one query; open_clip's pool computes one more for every position.
-    """
-    x = x.flatten(2).transpose(1, 2)  # (B, N, D_in)
-    x = torch.cat((x.mean(1, keepdim=True), x), dim=1) + pool.positional_embedding
-    q, k, v = pool.q_proj(x[:, :1]), pool.k_proj(x), pool.v_proj(x)
-    heads = (z.unflatten(2, (pool.num_heads, -1)).transpose(1, 2) for z in (q, k, v))
-    whole = F.scaled_dot_product_attention(*heads)  # (B, heads, 1, D_in / heads)
-    # l_i = W_c (W_v (x_i + e_i) + b_v) + b_c
-    return pool.c_proj(v[:, 1:]), pool.c_proj(whole.flatten(1))
 
 
 def label_features(u: Tensor, where: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -193,7 +176,7 @@ class CBSA(nn.Module):
                 x = v.stem(common.normalise(images, *common.CLIP_MEAN_STD))
                 x = v.layer3(v.layer2(v.layer1(x)))
             x = v.layer4(x)  # (B, D_in, h, w)
-            u, whole = pool_features(v.attnpool, x)  # (B, N, D), (B, D)
+            u, whole = common.pool_features(v.attnpool, x)  # (B, N, D), (B, D)
         whole = F.normalize(whole.float(), dim=-1)
         h, attention = label_features(F.normalize(u.float(), dim=-1), self.where, self.tau)
         if self.whole:

@@ -820,6 +820,22 @@ def load_clip(arch: str, weights: str, size: int) -> tuple[nn.Module, Callable]:
     return net.eval(), open_clip.get_tokenizer(name, context_length=net.context_length)
 
 
+def pool_features(pool: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention pool of a CLIP ResNet without and with its attention; map x (B, D_in, h, w).
+
+    Returns local features (B, N, D), the value of every position by itself, and CLIP's image
+    feature (B, D), an average of these over positions and their mean, weighted by head. It has one
+    query; open_clip's pool computes one more for every position.
+    """
+    x = x.flatten(2).transpose(1, 2)  # (B, N, D_in)
+    x = torch.cat((x.mean(1, keepdim=True), x), dim=1) + pool.positional_embedding
+    q, k, v = pool.q_proj(x[:, :1]), pool.k_proj(x), pool.v_proj(x)
+    heads = (z.unflatten(2, (pool.num_heads, -1)).transpose(1, 2) for z in (q, k, v))
+    whole = nn.functional.scaled_dot_product_attention(*heads)  # (B, heads, 1, D_in / heads)
+    # l_i = W_c (W_v (x_i + e_i) + b_v) + b_c
+    return pool.c_proj(v[:, 1:]), pool.c_proj(whole.flatten(1))
+
+
 def prompt_tokens(tokenize: Callable, prompt: str, names: list[str]) -> Tensor:
     """Tokens (len(names), context length) of the prompt with each name in the place of {}."""
     if not all(name.strip() for name in names):

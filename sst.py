@@ -74,7 +74,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", default="toy", help=f"one of {', '.join(common.DATASETS)}")
     add("--root", help="folder of the data set")
     add("--download", action="store_true", help="fetch voc2007, voc2012 or coco into --root first")
-    add("--known", type=float, default=0.1, help="proportion of label ENTRIES kept, in (0, 1]")
+    known = 1.0 if data == "folder" else 0.1  # one's own: what is unknown, nobody knows
+    add("--known", type=float, default=known, help="proportion of label ENTRIES kept, in (0, 1]")
     add("--mask-seed", type=int, default=0, help="which labels are hidden; 0 is the benchmark's")
     add("--limit", type=int, help="use the first LIMIT images of each split")
     add("--eval", action="store_true", help="only evaluate the checkpoint of --resume PATH")
@@ -113,8 +114,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", metavar="{auto,PATH}", help="continue OUT/last.pt if it is there, or PATH")
     add("--dry-run", action="store_true", help="a few steps on a few images, nothing written")
     parser.set_defaults(**RECIPES["toy" if data == "toy" else "real"])
-    if data == "folder":
-        parser.set_defaults(known=1.0)  # what is unknown there nobody knows
     args = common.check_args(parser.parse_args(argv), "width", "lambda_1 lambda_2")
     if min(args.hidden) < 1:
         raise InputError(f"--hidden {args.hidden} must be two widths above 0")

@@ -130,7 +130,7 @@ def main() -> None:
                 line[-1] += f"; {right:.0f} / {found:.0f}"
         table.append(line)
     print(
-        "mAP in percent, mean ± std (seeds); precision / recall of the last epoch's pseudo-labels\n"
+        "mAP in percent, mean ± std (seeds); precision / recall of pseudo-labels, last epoch\n"
     )
     print(markdown_table(["toy world", *(f"{known:.0%} known" for known in proportions)], table))
 

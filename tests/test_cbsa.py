@@ -56,11 +56,11 @@ def test_local_features_are_what_clips_attention_pool_averages(rng):
     scores = (key[..., :width] @ pool.q_proj(mean)[:, :width, None])[..., 0] / math.sqrt(width)
     a = scores.softmax(-1)
     whole = a[:, :1] * pool.c_proj(pool.v_proj(mean))
-    whole = whole + (a[:, 1:, None] * cbsa.pool_features(pool, x)[0]).sum(1)
+    whole = whole + (a[:, 1:, None] * common.pool_features(pool, x)[0]).sum(1)
     torch.testing.assert_close(whole, pool(x))
     for weight in pool.parameters():  # and with one query a head, as it is
         torch.nn.init.normal_(weight, generator=rng)
-    torch.testing.assert_close(cbsa.pool_features(pool, x)[1], pool(x))
+    torch.testing.assert_close(common.pool_features(pool, x)[1], pool(x))
 
 
 def small_net(flags="", contexts=4, weights="none"):
@@ -78,7 +78,7 @@ def test_logits_against_their_formula(rng):
     x = v.layer4(v.layer3(v.layer2(v.layer1(v.stem(
         common.normalise(images, *common.CLIP_MEAN_STD)
     )))))  # fmt: skip
-    u = F.normalize(cbsa.pool_features(v.attnpool, x)[0], dim=-1)
+    u = F.normalize(common.pool_features(v.attnpool, x)[0], dim=-1)
     for n in range(2):
         for k in range(16):
             h = F.normalize((attention[n, k, :, None] * u[n]).sum(0), dim=0)
