@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
+from tests import toy  # noqa: E402
 
-common.toy_scenes = functools.cache(common.toy_scenes)  # drawn once for all tests
+toy.scenes = functools.cache(toy.scenes)  # drawn once for all tests
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
@@ -42,8 +42,16 @@ def random_labels(rng, rows=6, classes=5):
     return torch.randint(-1, 2, (rows, classes), generator=rng).to(torch.int8)
 
 
-def random_images(rng, size=96, n=3):
+def random_images(rng, size=128, n=3):
     return torch.randint(256, (n, 3, size, size), generator=rng, dtype=torch.uint8)
+
+
+def small_clip(weights="none", size=64):
+    """The toy CLIP, and its tokenizer."""
+    import common
+
+    torch.manual_seed(0)
+    return common.load_clip("local-dir:tests/toy_clip", weights, size)
 
 
 def same(a, b):

@@ -13,16 +13,17 @@ import cbsa
 import common
 import scinet
 import sst
+from tests import toy
 
 SCRIPTS = {"sst": sst, "cbsa": cbsa, "scinet": scinet}
-drawn = functools.cache(common.toy_scenes)
+drawn = functools.cache(toy.scenes)
 drawn(50, 0), drawn(25, 1)
 
 
 def small_world() -> None:
     """50 training scenes and 25 test scenes, and no pictures: other tests look at them."""
-    common.toy_scenes = lambda n, seed: drawn(n // 40, seed)
-    common.draw_sheet = lambda *cells, **more: None
+    toy.scenes = lambda n, seed: drawn(n // 40, seed)
+    common.save_image = lambda *cells, **more: None
 
 
 def at_call(module, name: str, number: int, act) -> None:
@@ -38,11 +39,19 @@ def at_call(module, name: str, number: int, act) -> None:
     setattr(module, name, counted)
 
 
-def serve(name: str, arguments: list[str], folder: str, where=None, sign=None, limit=None) -> None:
+def out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def unreadable() -> None:
+    raise common.InputError("image x.jpg cannot be read; replace or remove it")
+
+
+def serve(name: str, arguments: list[str], folder: str, where=None, act=None, limit=None) -> None:
     """Run a script in `folder`, its output appended to stdout and stderr there.
 
-    where (module, function, number) sends the process signal `sign` before that call; `limit` is
-    the size in bytes that files can grow to.
+    where (module, function, number): before that call the process gets the signal `act`, or `act`
+    is called; `limit` is the size in bytes that files can grow to.
     """
     os.chdir(folder)
     sys.argv = [f"{name}.py", *arguments]
@@ -51,7 +60,8 @@ def serve(name: str, arguments: list[str], folder: str, where=None, sign=None, l
     small_world()
     if where:
         module, function, number = where
-        at_call(sys.modules[module], function, number, lambda: os.kill(os.getpid(), sign))
+        send = act if callable(act) else lambda: os.kill(os.getpid(), act)
+        at_call(sys.modules[module], function, number, send)
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Labels, data sets on disk, loading and metrics."""
 
+import ast
 import hashlib
 import http.server
 import io
@@ -8,6 +9,7 @@ import json
 import math
 import threading
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +18,10 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score
-from torch.utils.data import DataLoader
 
 import common
 from common import InputError
+from tests import toy
 
 # ------------------------------------------------------------------------------------------ labels
 
@@ -66,16 +68,6 @@ def test_mask_hash_sees_the_mask_and_not_the_labels():
     assert len(common.mask_hash(y)) == 8
 
 
-@pytest.mark.parametrize("value", [2, -2, math.nan, 0.5])
-def test_wrong_label_is_named_with_file_and_row(value):
-    y = np.zeros((4, 3))
-    y[2, 1] = value
-    with pytest.raises(InputError, match="labels.csv.*row 2"):
-        common.check_labels(y, 3, "labels.csv")
-    with pytest.raises(InputError, match="shape"):
-        common.check_labels(np.zeros((4, 2)), 3, "labels.csv")
-
-
 # --------------------------------------------------------------------------------------- data sets
 
 
@@ -108,11 +100,11 @@ def coco(tmp_path):
 
 
 def test_coco_replica(coco):
-    data = common.load_data("coco", str(coco))
-    assert data.classes == ["person", "toothbrush"]
-    assert data.train.y.tolist() == [[1, 1], [-1, -1], [1, -1]]
-    assert [i[-5] for i in data.train.ids] == ["9", "8", "7"]
-    assert len(common.load_data("coco", str(coco), limit=2).train.y) == 2
+    classes, (images, y), _ = common.load_data("coco", str(coco))
+    assert classes == ["person", "toothbrush"] and y.dtype == np.int8
+    assert y.tolist() == [[1, 1], [-1, -1], [1, -1]]
+    assert [i[-5] for i in images] == ["9", "8", "7"]
+    assert len(common.load_data("coco", str(coco), limit=2)[1][1]) == 2
 
 
 def truncate(path):
@@ -141,10 +133,9 @@ def test_image_that_breaks_while_decoding_is_named_through_a_worker(coco):
     image = sorted((coco / "train2014").iterdir())[0]
     Image.effect_noise((200, 200), 50).convert("RGB").save(image)
     truncate(image)
-    data = common.load_data("coco", str(coco))  # the header is whole
-    dataset = common.ImageDataset(data.train.images, data.train.y, [common.test_transform(32)], 0)
-    sampler = common.EpochSampler(np.arange(3), 3)
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=1)
+    _, train, _ = common.load_data("coco", str(coco))  # the header is whole
+    data = common.ImageDataset(*train, common.make_transform(32))
+    loader = common.make_loader(data, Namespace(batch_size=3, workers=1))
     with pytest.raises(InputError, match=image.name):
         next(iter(loader))
 
@@ -166,19 +157,19 @@ def voc(tmp_path):
 
 
 def test_voc_replica_counts_difficult_as_absent(voc):
-    data = common.load_data("voc2007", str(voc))
-    assert len(data.classes) == 20 and data.classes == sorted(data.classes)
-    assert [data.classes[c] for c in np.flatnonzero(data.train.y[0] == 1)] == ["chair"]
-    assert (data.train.y[0] == -1).sum() == 19
+    classes, (_, y), _ = common.load_data("voc2007", str(voc))
+    assert len(classes) == 20 and classes == sorted(classes)
+    assert [classes[c] for c in np.flatnonzero(y[0] == 1)] == ["chair"]
+    assert (y[0] == -1).sum() == 19
 
 
 def test_voc_with_broken_files_names_them(voc):
     base = voc / "VOCdevkit" / "VOC2007"
     path = base / "Annotations" / "000005.xml"
     text = path.read_text()
-    for broken in (text[:30], text.replace("chair", "unicorn")):
+    for broken, named in ((text[:30], "000005.xml"), (text.replace("chair", "unicorn"), "unicorn")):
         path.write_text(broken)
-        with pytest.raises(InputError, match="000005.xml"):
+        with pytest.raises(InputError, match=named):
             common.load_data("voc2007", str(voc))
     path.write_text(text)
     (base / "ImageSets" / "Main" / "test.txt").unlink()
@@ -191,8 +182,8 @@ def test_voc2012_has_its_own_splits(voc):
     main = voc / "VOCdevkit" / "VOC2012" / "ImageSets" / "Main"
     (main / "trainval.txt").rename(main / "train.txt")
     (main / "test.txt").rename(main / "val.txt")
-    data = common.load_data("voc2012", str(voc))
-    assert data.train.ids == ["000005"] and data.test.ids == ["000001"]
+    splits = common.load_data("voc2012", str(voc))[1:]
+    assert [Path(images[0]).stem for images, _ in splits] == ["000005", "000001"]
 
 
 def test_nuswide_replica(tmp_path):
@@ -206,14 +197,14 @@ def test_nuswide_replica(tmp_path):
             (labels / f"Labels_{concept}_{part}.txt").write_text(column)
         for name in names:
             picture(tmp_path / "Flickr" / name.replace("\\", "/"))
-    data = common.load_data("nuswide", str(tmp_path))
-    assert data.classes == ["airport", "water"]
-    assert data.train.y.tolist() == [[1, 1], [-1, -1]] and data.test.y[0].tolist() == [-1, -1]
+    classes, (_, y), (_, y_test) = common.load_data("nuswide", str(tmp_path))
+    assert classes == ["airport", "water"]
+    assert y.tolist() == [[1, 1], [-1, -1]] and y_test[0].tolist() == [-1, -1]
     (tmp_path / "Flickr" / "animal" / "Train_1_9.jpg").unlink()
-    with pytest.raises(InputError, match="1 of 2 images cannot be read.*Train_1"):
+    with pytest.raises(InputError, match="Train_1_9.jpg cannot be read"):
         common.load_data("nuswide", str(tmp_path))
     (labels / "Labels_water_Train.txt").write_text("1\n")
-    with pytest.raises(InputError, match="Labels_water_Train.txt.*1 labels for 2 images"):
+    with pytest.raises(InputError, match="Labels_water_Train.txt cannot be used"):
         common.load_data("nuswide", str(tmp_path))
 
 
@@ -229,29 +220,14 @@ def test_cub_replica(tmp_path):
     )
     for name in files:
         picture(base / "images" / name)
-    data = common.load_data("cub", str(tmp_path))
-    assert data.classes == ["has_bill_shape::curved_(up_or_down)", "has_eye"]
-    assert data.train.y.tolist() == [[-1, 1]] and data.test.y.tolist() == [[1, -1]]
-    assert data.test.ids == ["001.Black_footed_Albatross/a b.jpg"]
-
-
-def test_vg200_replica(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "VG_TEST", 2)
-    images = []
-    for k in range(6):
-        rare = [[f"rare{n:03}"] for n in range(250 if k < 4 else 0)]
-        names = [["man"], ["Man ", "tree"]] if k % 2 else rare
-        url = f"https://cs.stanford.edu/people/rak248/VG_100K{'_2' * (k % 2)}/{k}.jpg"
-        objects = [{"names": n, "object_id": 1} for n in names]
-        images.append({"image_id": k, "objects": objects, "image_url": url})
-        picture(tmp_path / f"VG_100K{'_2' * (k % 2)}" / f"{k}.jpg")
-    (tmp_path / "objects.json").write_text(json.dumps(images))
-    data = common.load_data("vg200", str(tmp_path))
-    assert len(data.classes) == 200 and {"man", "tree", "rare000"} <= set(data.classes)
-    assert "rare198" not in data.classes  # ties: the alphabet
-    assert len(data.test.y) == 2 and set(data.train.ids).isdisjoint(data.test.ids)
-    man = data.train.y[:, data.classes.index("man")] == 1
-    assert man.tolist() == ["_2" in i for i in data.train.ids]
+    classes, (_, y), (images, y_test) = common.load_data("cub", str(tmp_path))
+    assert classes == ["has_bill_shape::curved_(up_or_down)", "has_eye"]
+    assert y.tolist() == [[-1, 1]] and y_test.tolist() == [[1, -1]]
+    assert images == [str(base / "images/001.Black_footed_Albatross/a b.jpg")]
+    path = base / "attributes" / "image_attribute_labels.txt"
+    path.write_text(path.read_text().replace("1 1 1 3", "1 1 3 3"))
+    with pytest.raises(InputError, match="a b.jpg has labels.*5"):
+        common.load_data("cub", str(tmp_path))
 
 
 @pytest.fixture
@@ -266,25 +242,24 @@ def folder(tmp_path):
 
 
 def test_folder_of_ones_own(folder):
-    data = common.load_data("folder", str(folder))
-    assert data.classes == ["cat", "hot dog", "Dürer"]
-    assert data.train.y.tolist() == [[1, -1, 0], [1, 0, 1]]
-    assert data.test.y.tolist() == [[-1, 1, -1]]
+    classes, (_, y), (_, y_test) = common.load_data("folder", str(folder))
+    assert classes == ["cat", "hot dog", "Dürer"]
+    assert y.tolist() == [[1, -1, 0], [1, 0, 1]] and y_test.tolist() == [[-1, 1, -1]]
 
 
 @pytest.mark.parametrize(
     ("file", "text", "word"),
     [
-        ("train.csv", b"my images/d.jpg,unicorn\n", "line 1: unicorn is not in classes.txt"),
-        ("train.csv", b"my images/d.jpg,cat;-cat\n", "line 1: cat is both"),
+        ("train.csv", b"my images/d.jpg,unicorn\n", "train.csv.*line 1 .*unicorn"),
+        ("train.csv", b"my images/d.jpg,cat;-cat\n", "train.csv.*line 1 .*cat"),
         ("train.csv", b"my images/d.jpg,cat\nmy images/d.jpg,cat\n", "line 2"),
         ("train.csv", b"my images/d.jpg\n", "line 1"),
         ("train.csv", b"a.jpg,cat,hot dog\n", "line 1"),
         ("train.csv", b"nowhere.jpg,cat\n", "nowhere.jpg"),
         ("train.csv", b"\xff\xfe,cat\n", "train.csv"),
-        ("train.csv", b"", "no image"),
+        ("train.csv", b"", "names no image"),
         ("test.csv", None, "test.csv"),
-        ("classes.txt", b"cat\ncat\n", "cat is there twice"),
+        ("classes.txt", b"cat\ncat\n", "cat.* is there twice"),
         ("classes.txt", None, "classes.txt"),
     ],
 )
@@ -307,7 +282,8 @@ def test_wrong_counts_are_a_warning_with_both_numbers(voc, capsys):
 def server(coco, tmp_path_factory, monkeypatch):
     """COCO's host on this machine. `flaws` lists what goes wrong with the next answers."""
     flaws, files, asked = [], {}, []
-    for address in common.COCO_ARCHIVES:
+    for url in common.COCO:
+        address = url.removeprefix("http://images.cocodataset.org/")
         name, content = Path(address).stem, io.BytesIO()
         with zipfile.ZipFile(content, "w") as archive:
             for path in sorted(coco.rglob("*")):
@@ -317,18 +293,17 @@ def server(coco, tmp_path_factory, monkeypatch):
         files[f"/{address}"] = content.getvalue()
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200)
+            self.end_headers()
+
         def do_GET(self):
             body, flaw = files[self.path], flaws.pop(0) if flaws else ""
-            begin = int(self.headers.get("Range", "bytes=0-")[6:-1])
-            asked.append((self.path, begin))
-            if begin >= len(body):
-                return self.send_error(416)
-            self.send_response(206)
-            self.send_header("Content-Length", str(len(body) - begin))
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            sent = body[begin:]
-            if flaw == "breaks":
-                sent = sent[: len(sent) // 2]
+            sent = body[: len(body) // 2] if flaw == "breaks" else body
             self.wfile.write(bytes(len(sent)) if flaw == "wrong" else sent)
 
         def log_message(self, *_):
@@ -336,51 +311,31 @@ def server(coco, tmp_path_factory, monkeypatch):
 
     host = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=host.serve_forever, daemon=True).start()
-    monkeypatch.setattr(common, "COCO", f"http://127.0.0.1:{host.server_port}")
-    sums = {address[1:]: hashlib.md5(body).hexdigest() for address, body in files.items()}
-    monkeypatch.setattr(common, "COCO_ARCHIVES", sums)
+    base = f"http://127.0.0.1:{host.server_port}"
+    sums = {base + address: hashlib.md5(body).hexdigest() for address, body in files.items()}
+    monkeypatch.setattr(common, "COCO", sums)
     root = tmp_path_factory.mktemp("new")
-    yield SimpleNamespace(flaws=flaws, files=files, asked=asked, root=root)
+    yield SimpleNamespace(flaws=flaws, asked=asked, root=root)
     host.shutdown()
     host.server_close()
 
 
-def test_download_survives_a_broken_connection_and_a_wrong_checksum(server):
-    server.flaws += ["breaks", "", "wrong"]
-    data = common.load_data("coco", str(server.root / "coco"), fetch=True)
-    assert data.classes == ["person", "toothbrush"]
-    first, second = server.asked[:2]
-    assert first[1] == 0 < second[1] and first[0] == second[0]  # it went on where it broke
-    assert [begin for _, begin in server.asked[2:]] == [0, 0, 0]  # what was wrong came anew
+def test_a_download_that_breaks_is_named_and_goes_on_when_repeated(server):
+    root = str(server.root / "coco")
+    for flaw in ("breaks", "wrong"):
+        server.flaws += [flaw] * 2
+        with pytest.raises(InputError, match="--download coco failed; try again"):
+            common.load_data("coco", root, fetch=True)
+        server.flaws.clear()
+    classes, (_, y), _ = common.load_data("coco", root, fetch=True)
+    assert classes == ["person", "toothbrush"] and len(y) == 3
     number = len(server.asked)
-    common.load_data("coco", str(server.root / "coco"), fetch=True)
+    common.load_data("coco", root, fetch=True)  # nothing is fetched twice
     assert len(server.asked) == number and not list(server.root.rglob("*.zip"))
 
 
-def test_download_gives_up_with_the_address(server):
-    server.flaws += ["wrong"] * 5
-    with pytest.raises(InputError, match="train2014.zip cannot be fetched: its md5 is wrong"):
-        common.load_data("coco", str(server.root), fetch=True)
-
-
-def test_download_writes_nothing_outside_the_root_and_refuses_a_full_disk(server, monkeypatch):
-    content, address = io.BytesIO(), "zips/train2014.zip"
-    with zipfile.ZipFile(content, "w") as archive:
-        archive.writestr("../outside.txt", "x")
-    server.files[f"/{address}"] = content.getvalue()
-    common.COCO_ARCHIVES[address] = hashlib.md5(content.getvalue()).hexdigest()
-    root = server.root / "coco"
-    root.mkdir()
-    common.fetch_archive(f"{common.COCO}/{address}", root, common.COCO_ARCHIVES[address])
-    assert [p.name for p in server.root.rglob("*.txt")] == ["outside.txt"]
-    assert (root / "outside.txt").exists()
-    monkeypatch.setattr(common.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(InputError, match="make room"):
-        common.load_data("coco", str(server.root / "other"), fetch=True)
-
-
 @pytest.mark.parametrize(
-    ("name", "word"), [("cub", "1.1 GB"), ("vg200", "VG_100K"), ("nuswide", "30 GB")]
+    ("name", "word"), [("cub", "1.1 GB"), ("nuswide", "30 GB")]
 )
 def test_what_cannot_be_downloaded_says_where_it_is(name, word, tmp_path):
     with pytest.raises(InputError, match=word) as error:
@@ -391,12 +346,12 @@ def test_what_cannot_be_downloaded_says_where_it_is(name, word, tmp_path):
 def test_voc_comes_through_torchvision(voc, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(common, "VOCDetection", lambda *a, **k: asked.append((a[1:], k)))
-    assert len(common.load_data("voc2007", str(voc), fetch=True).train.y) == 1
+    assert len(common.load_data("voc2007", str(voc), fetch=True)[1][1]) == 1
     assert asked == [(("2007", part), {"download": True}) for part in ("trainval", "test")]
 
 
 def test_toy_world_is_the_same_every_time_and_follows_its_contexts():
-    scenes = getattr(common.toy_scenes, "__wrapped__", common.toy_scenes)
+    scenes = getattr(toy.scenes, "__wrapped__", toy.scenes)
     (images, y, contexts), again = scenes(300, 7), scenes(300, 7)
     assert all((a == b).all() for a, b in zip((images, y, contexts), again, strict=True))
     assert images.shape == (300, 64, 64, 3) and images.dtype == np.uint8
@@ -413,7 +368,7 @@ def test_toy_world_is_the_same_every_time_and_follows_its_contexts():
 def test_images_of_any_mode_are_images(mode, tmp_path):
     path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
     picture(path, mode)
-    x = common.train_transform(32, (512, 256))(common.open_image(str(path)))
+    x = common.make_transform(32, (512, 256))(common.open_image(str(path)))
     assert x.shape == (3, 32, 32) and x.dtype == torch.uint8
 
 
@@ -423,30 +378,53 @@ def test_16_bits_are_scaled_and_not_clipped(tmp_path):
     assert (np.asarray(common.open_image(tmp_path / "x.png"))[..., 0] == grey >> 8).all()
 
 
-def batches(workers, epoch=1):
-    images, y, _ = common.toy_scenes(20, 3)
-    views = [common.train_transform(64, (512, 256))]
-    dataset = common.ImageDataset(images, y, views, seed=5)
-    sampler = common.EpochSampler(np.arange(20), 10, seed=5)
-    sampler.epoch = epoch
-    return list(DataLoader(dataset, batch_sampler=sampler, num_workers=workers))
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_load_upright(orientation, tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(4, 6, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # orientation: what the camera did, inverse
+    stored = image.transpose(turned[orientation]) if orientation > 1 else image
+    stored.save(tmp_path / "x.png", exif=exif)
+    assert (np.asarray(common.open_image(tmp_path / "x.png")) == np.asarray(image)).all()
 
 
-def test_batches_hang_on_seed_and_epoch_and_not_on_workers():
-    alone, together, later = batches(0), batches(2), batches(0, epoch=2)
-    for a, b in zip(alone, together, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    assert not torch.equal(alone[0][2], later[0][2])
-    assert sorted(torch.cat([b[2] for b in alone]).tolist()) == list(range(20))
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_laid_on_white(mode, tmp_path):
+    image = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
+    if mode == "P":
+        image = Image.new("P", (4, 4), 0)
+        image.info["transparency"] = 0
+    image = image.convert(mode) if mode == "LA" else image
+    image.save(tmp_path / "x.png")
+    assert (np.asarray(common.open_image(tmp_path / "x.png")) == 255).all()
 
 
-def test_augmentation_leaves_the_global_generator_alone():
-    images, y, _ = common.toy_scenes(20, 3)
-    views = [common.train_transform(64, (512, 256))]
-    dataset = common.ImageDataset(images, y, views, seed=5)
-    before = torch.get_rng_state()
-    assert not torch.equal(dataset[1, 0][0], dataset[2, 0][0])
-    assert torch.equal(before, torch.get_rng_state())
+def test_batches_are_shuffled_by_the_generator_and_leave_out_a_smaller_last_one():
+    images, y, _ = toy.scenes(20, 3)
+    data, args = common.ImageDataset(images, y, common.make_transform(64)), Namespace(workers=0)
+    args.batch_size = 8
+    torch.manual_seed(1)
+    first = [index for *_, index in common.make_loader(data, args, train=True)]
+    again = [index for *_, index in common.make_loader(data, args, train=True)]
+    torch.manual_seed(1)
+    same = [index for *_, index in common.make_loader(data, args, train=True)]
+    assert [len(index) for index in first] == [8, 8]
+    assert torch.equal(torch.cat(first), torch.cat(same))
+    assert not torch.equal(torch.cat(first), torch.cat(again))
+    ordered = [index for *_, index in common.make_loader(data, args)]
+    assert torch.cat(ordered).tolist() == list(range(20))
+    args.batch_size = 64  # a single smaller batch stays
+    assert [len(index) for *_, index in common.make_loader(data, args, train=True)] == [20]
+
+
+def test_outputs_keep_the_order_of_the_images():
+    images, y, _ = toy.scenes(20, 3)
+    data = common.ImageDataset(images, y, common.make_transform(64))
+    loader = common.make_loader(data, Namespace(workers=0, batch_size=8))
+    mean = common.outputs(lambda x: (x.float().mean((1, 2, 3)),), loader, torch.device("cpu"))[0]
+    expected = torch.tensor(images).float().mean((1, 2, 3))
+    torch.testing.assert_close(mean, expected)
 
 
 # ----------------------------------------------------------------------------------------- metrics
@@ -472,15 +450,15 @@ def test_both_maps_against_literal_and_sklearn(ties):
     y = rng.choice([-1, 1], (60, 6), p=[0.7, 0.3])
     logits = y + 2 * rng.standard_normal(y.shape)
     logits = np.round(logits).astype(np.float32) if ties else logits.astype(np.float32)
-    result = common.multilabel_metrics(logits, y)
+    result, ap = common.multilabel_metrics(logits, y), common.average_precision(logits, y)
     for c in range(6):
         expected = 100 * average_precision_score(y[:, c] == 1, logits[:, c])
-        assert result["ap"][c] == pytest.approx(expected)
+        assert ap[c] == pytest.approx(expected)
         literal = literal_average_precision(logits[:, c], y[:, c] == 1, False)
-        assert result["ap"][c] == pytest.approx(literal)
+        assert ap[c] == pytest.approx(literal)
     interpolated = [literal_average_precision(logits[:, c], y[:, c] == 1, True) for c in range(6)]
     assert result["mAP_interp"] == pytest.approx(np.mean(interpolated))
-    assert result["mAP_interp"] > result["mAP"] == pytest.approx(result["ap"].mean())
+    assert result["mAP_interp"] > result["mAP"] == pytest.approx(ap.mean())
 
 
 @pytest.mark.parametrize("suffix", ["", "_top3"])
@@ -494,7 +472,7 @@ def test_precision_recall_f1_against_loops(suffix):
     for n in range(40):
         top = sorted(range(5), key=lambda c: -logits[n, c])[:3]
         for c in range(5):
-            guess = c in top if suffix else logits[n, c] >= 0
+            guess = logits[n, c] >= 0 and (not suffix or c in top)
             right[c] += guess and y[n, c] == 1
             said[c] += guess
             there[c] += y[n, c] == 1
@@ -509,14 +487,30 @@ def test_precision_recall_f1_against_loops(suffix):
         expected[k + "F1"] = 2 * p * r / (p + r)
     for name, value in expected.items():
         assert result[name + suffix] == pytest.approx(100 * value)
-    assert result["empty_classes"] == 1 and math.isnan(result["ap"][4])
+    assert result["empty_classes"] == 1 and math.isnan(common.average_precision(logits, y)[4])
 
 
-def test_metrics_refuse_unknown_labels_and_non_finite_logits():
+def test_unknown_test_labels_count_nowhere():
+    rng = np.random.default_rng(2)
+    y = rng.choice([-1, 1], (40, 5))
+    logits = y + 2 * rng.standard_normal(y.shape)
+    some = np.where(rng.random(y.shape) < 0.3, 0, y)
+    result = common.multilabel_metrics(logits, some)
+    for c in range(5):
+        known = some[:, c] != 0
+        expected = 100 * average_precision_score(y[known, c] == 1, logits[known, c])
+        assert common.average_precision(logits, some)[c] == pytest.approx(expected)
+    said, right = (logits >= 0) & (some != 0), (logits >= 0) & (some == 1)
+    assert result["OP"] == pytest.approx(100 * right.sum() / said.sum())
+    assert result["OR"] == pytest.approx(100 * right.sum() / (some == 1).sum())
+    wild = np.where(some == 0, 1e3 * rng.standard_normal(y.shape), logits)
+    others = common.multilabel_metrics(wild, some)
+    kept = [name for name in result if "top3" not in name]  # there unknown ones take a place
+    assert {k: others[k] for k in kept} == pytest.approx({k: result[k] for k in kept})
+
+
+def test_metrics_refuse_non_finite_logits():
     y = np.array([[1, -1], [-1, 1]])
-    for logits, labels in ((y * 1.0, y * 0), (y[:1] * 1.0, y)):
-        with pytest.raises(ValueError, match="do not fit"):
-            common.multilabel_metrics(logits, labels)
     for value in (np.nan, np.inf):
         with pytest.raises(common.InputError, match="not finite"):
             common.multilabel_metrics(y * value, y)
@@ -529,29 +523,54 @@ def test_metrics_of_perfect_and_of_empty_predictions():
     assert nothing["OF1"] == nothing["CF1"] == nothing["OP"] == 0
 
 
-def test_pseudo_quality_counts_unknown_entries_only():
+def test_log_entries_are_means_of_losses_and_quality_of_unknown_entries():
     y = torch.tensor([[1, 0, 0, -1], [0, 0, 0, 0]])
     truth = torch.tensor([[1, 1, -1, -1], [1, 1, -1, -1]])
     pseudo = torch.tensor([[1, 1, 1, -1], [0, 1, 0, 0]])
-    quality = common.pseudo_quality({"p": common.pseudo_counts(pseudo, y, truth)})
-    assert quality == {"p_per_image": 1.5, "p_precision": 2 / 3, "p_recall": 2 / 3}
+    totals = {}
+    for value in (1.0, 2.0):
+        common.add_up(totals, loss=torch.tensor(value), pseudo=common.pseudo_counts(pseudo, y, truth))
+    entry = common.epoch_entry(totals, 2)
+    expected = dict(per_image=1.5, precision=2 / 3, recall=2 / 3)
+    assert entry == dict(loss=1.5) | {f"pseudo_{k}": v for k, v in expected.items()}
     truth[0, 2] = 0  # nobody knows: neither right nor wrong
-    quality = common.pseudo_quality({"p": common.pseudo_counts(pseudo, y, truth)})
-    assert quality == {"p_per_image": 1.5, "p_precision": 1, "p_recall": 2 / 3}
+    entry = common.epoch_entry(dict(pseudo=common.pseudo_counts(pseudo, y, truth)), 2)
+    assert entry["pseudo_precision"] == 1 and entry["pseudo_per_image"] == 1.5
 
 
 # -------------------------------------------------------------------------------------------- runs
 
 
-def test_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
-    common.save_checkpoint(path, {"epoch": 1})
+    common.write_whole(path, b"first")
 
-    def broken(state, file):
-        file.write(b"half")
+    def broken(_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(OSError, match="disk full"):
-        common.save_checkpoint(path, {"epoch": 2})
-    assert torch.load(path, weights_only=True) == {"epoch": 1}
+    monkeypatch.setattr(common.os, "fsync", broken)
+    with pytest.raises(InputError, match="last.pt cannot be written.*disk full"):
+        common.write_whole(path, b"second")
+    assert path.read_bytes() == b"first"
+
+
+def test_a_wrong_argument_is_named_with_its_rule():
+    good = dict(known=0.1, size=32, epochs=1, batch_size=2, lr=0.1, limit=None, workers=0, seed=0)
+    good |= dict(eval=False, predict=None, resume=None, dry_run=False)
+    assert common.check_args(Namespace(**good)).size == 32
+    for name, value in dict(known=1.01, size=0, lr=math.nan, workers=-1, seed=2**32).items():
+        with pytest.raises(InputError, match=f"--{name} {value} must be"):
+            common.check_args(Namespace(**good | {name: value}))
+
+
+def test_lines_of_every_file_stay_within_what_a_reader_can_take():
+    root = Path(__file__).resolve().parent.parent
+    most = {"sst.py": 400, "cbsa.py": 400, "scinet.py": 420, "common.py": 650, "tests/toy.py": 300}
+    for name, lines in most.items():
+        text = (root / name).read_text().splitlines()
+        assert len(text) <= lines and max(map(len, text)) <= 100, (name, len(text))
+        for node in ast.walk(ast.parse("\n".join(text))):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= dict(main=60, parse_args=48).get(node.name, 60), (name, node.name)
+                assert len(node.args.args) + len(node.args.kwonlyargs) <= 8, (name, node.name)

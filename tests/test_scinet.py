@@ -7,29 +7,30 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import double, random_images, random_labels, unit
 
 import common
 import scinet
 from common import InputError
+from tests import toy
+from tests.conftest import double, random_images, random_labels, unit
 
 B, C, D, N = 4, 5, 8, 9
 
 
 def small_net(flags="", weights="none"):
     torch.manual_seed(0)
-    args = scinet.parse_args(f"--weights {weights} {flags}".split())
-    return args, scinet.SCINet(args, common.TOY_CLASSES).eval()
+    args = scinet.parse_args(f"--weights {weights} {flags}".split())[0]
+    return args, scinet.build(args, toy.CLASSES).eval()
 
 
 # ------------------------------------------------------------------------------------------- model
 
 
-@pytest.mark.parametrize("arch", ["toy", "RN50-quickgelu"])
+@pytest.mark.parametrize("arch", ["local-dir:tests/toy_clip", "RN50-quickgelu"])
 def test_prompt_starts_as_the_text_feature_of_clip(arch):
     torch.manual_seed(0)
     clip, tokenize = common.load_clip(arch, "none", 96)
-    tokens = common.prompt_tokens(tokenize, "a photo of a {}", common.TOY_CLASSES)
+    tokens = common.prompt_tokens(tokenize, "a photo of a {}", toy.CLASSES)
     expected = clip.encode_text(tokens, normalize=True)
     torch.testing.assert_close(scinet.PromptEncoder(clip, tokens)(), expected)
 
@@ -37,7 +38,8 @@ def test_prompt_starts_as_the_text_feature_of_clip(arch):
 def test_ranking_at_the_start_is_clips_own(rng):
     _, net = small_net()
     images = random_images(rng, n=5)
-    clip = F.normalize(net.visual(common.normalise(images, *common.CLIP_MEAN_STD)), dim=-1)
+    means = net.visual.preprocess_cfg["mean"], net.visual.preprocess_cfg["std"]
+    clip = F.normalize(net.visual(common.normalise(images, *means)), dim=-1)
     torch.testing.assert_close(net(images)[0], net.gamma * clip @ net.prompt().T)
     torch.testing.assert_close(net(images)[1], clip)
 
@@ -95,10 +97,9 @@ def dense_graph(f, k, sigma):
     return scale[:, None] * w * scale
 
 
-@pytest.mark.parametrize("block", [7, 1024])
-def test_instance_graph_against_a_dense_one(rng, block):
+def test_instance_graph_against_a_dense_one(rng):
     f = unit(rng, 40, D).float()
-    ours = scinet.instance_graph(f, 4, 0.5, block).to_dense()
+    ours = scinet.instance_graph(f, 4, 0.5).to_dense()
     torch.testing.assert_close(ours, dense_graph(f, 4, 0.5), rtol=1e-4, atol=1e-5)
 
 
@@ -252,7 +253,8 @@ def test_weighted_bce_against_a_loop(rng):
 # ------------------------------------------------------------------------------------------- traps
 
 
-SMALL = "--weights none --limit 48 --known 0.3 --batch-size 16 --epochs 3 --ramp 1".split()
+SMALL = "--weights none --limit 48 --known 0.3 --batch-size 16 --epochs 3 --ramp 1 --size 64"
+SMALL = SMALL.split()
 
 
 def train(flags, monkeypatch, out):
@@ -262,7 +264,7 @@ def train(flags, monkeypatch, out):
 
 
 def test_towers_are_bit_identical_after_training(monkeypatch, tmp_path):
-    _, before = small_net()
+    _, before = small_net("--size 64")
     state = train("", monkeypatch, tmp_path / "run")["model"]
     frozen = [k for k in state if k.startswith(("visual.", "prompt.tower."))]
     moved = [k for k in ("prompt.context", "up.weight", "beta") if k in state]
