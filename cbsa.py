@@ -104,8 +104,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, dict | None]:
     add("--dry-run", action="store_true", help="a few steps on a few images, nothing written")
     first = parser.parse_known_args(argv)[0]  # --data and --resume decide the defaults
     state = common.load_checkpoint(first, "cbsa")
-    recipe = RECIPES.get(first.data, RECIPES["real"])
-    parser.set_defaults(**recipe | (state["args"] if state else {}))
+    parser.set_defaults(**state["args"] if state else RECIPES.get(first.data, RECIPES["real"]))
     add("-h", "--help", action="help", help="show this and exit")
     return common.check_args(parser.parse_args(argv), "tau head_lr"), state
 
@@ -362,7 +361,7 @@ def main() -> None:
     optimizer, total = torch.optim.AdamW(groups, fused=True), args.epochs * steps
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=total)
     saved = dict(model=net, teacher=teacher.module, optimizer=optimizer, scheduler=scheduler)
-    run = common.Run(args, about, state, device, **saved)
+    run = common.Run(args, about, state, **saved)
     teacher.n_averaged.fill_(state["epoch"] if state else 0)  # the first student is copied
     for k in range(member.shape[1]):
         print(f"context {k}:", ", ".join(classes[c] for c in np.flatnonzero(cluster == k)))
@@ -375,9 +374,7 @@ def main() -> None:
             zero_shot[net.whole] = evaluate(net, test_loader, test[1], bf16)[0]["mAP"]
         print(f"zero-shot mAP with label-specific features: {zero_shot[False]:.2f}; whole image:")
         run.add(dict(epoch=0, mAP=zero_shot[True], mAP_label_specific=zero_shot[False]))
-    if args.compile:
-        net.compile()
-    model = common.parallel(net, device)
+    model = common.parallel(net, device, args.compile)
     for epoch in range(run.start, args.epochs + 1):
         run.begin(epoch, *loaders)
         labels = [known.clone(), context_labels(known, member)]

@@ -3,8 +3,7 @@
 
 Labels, everywhere: an int8 array y (images, C); +1 known present, 0 unknown, -1 known absent.
 Letters, everywhere: B images of a batch, C classes, D feature width, N positions of the feature
-map. Bad input raises `InputError`, whose text is one line that says what is wrong and what to do;
-`run_script` prints it and exits with status 2.
+map. Bad input raises `InputError`, which `run_script` prints as one line.
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.utils import draw_bounding_boxes, save_image
 from tqdm import tqdm
 
-# of torchrun: this process, and how many there are
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, PROCESSES = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
 class InputError(ValueError):
@@ -106,8 +104,10 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def parallel(net: nn.Module, device: torch.device) -> nn.Module:
+def parallel(net: nn.Module, device: torch.device, compiled: bool) -> nn.Module:
     """Under torchrun net's DistributedDataParallel, which shares its weights; otherwise net."""
+    if compiled:
+        net.compile()
     if PROCESSES == 1:
         return net
     if device.type == "cuda":
@@ -145,12 +145,9 @@ def mask_hash(y: np.ndarray) -> str:
 
 
 def load_data(name: str, root: str | None, limit: int | None = None, fetch: bool = False) -> tuple:
-    """The classes, and (images, y) of the training and of the test split of a data set.
-
-    images: paths, or uint8 (images, height, width, 3); y (images, C) int8. `limit` keeps the first
-    of each split, `fetch` downloads before. InputError on bad files; a warning on stderr when the
-    counts are not the official ones.
-    """
+    """The classes, and (images, y) of the training and of the test split of a data set. images:
+    paths, or uint8 (images, height, width, 3); y (images, C) int8. `limit` keeps the first of each
+    split, `fetch` downloads before. InputError on bad files; a warning on counts not official."""
     if name == "toy":
         from tests import toy  # only here: the methods need nothing of it
 
@@ -182,12 +179,12 @@ def load_data(name: str, root: str | None, limit: int | None = None, fetch: bool
     return classes, *splits
 
 
-COCO = {  # archive of images.cocodataset.org: md5
-    "http://images.cocodataset.org/zips/train2014.zip": "0da8c0bd3d6becc4dcb32757491aca88",
-    "http://images.cocodataset.org/zips/val2014.zip": "a3d79f5ed8d289b7a7554ce06a5782b3",
-    "http://images.cocodataset.org/annotations/annotations_trainval2014.zip":
-        "0a379cfc70b0e71301e0f377548639bd",
-}  # fmt: skip
+HOST = "http://images.cocodataset.org"
+COCO = {  # archive: md5
+    f"{HOST}/zips/train2014.zip": "0da8c0bd3d6becc4dcb32757491aca88",
+    f"{HOST}/zips/val2014.zip": "a3d79f5ed8d289b7a7554ce06a5782b3",
+    f"{HOST}/annotations/annotations_trainval2014.zip": "0a379cfc70b0e71301e0f377548639bd",
+}
 
 
 def download(name: str, root: str | None, source: str) -> None:
@@ -256,22 +253,6 @@ def load_nuswide(root: Path) -> tuple:
     return classes, *splits
 
 
-def load_cub(root: Path) -> tuple:
-    """CUB-200-2011: 312 binary attributes; some of their lines have a field too many at the end."""
-    base, splits = root / "CUB_200_2011", {"1": {}, "0": {}}
-    named = root / "attributes.txt"
-    named = named if named.exists() else base / "attributes" / "attributes.txt"
-    names, files, parts = (
-        dict(line.strip().split(maxsplit=1) for line in read(path).splitlines())
-        for path in (named, base / "images.txt", base / "train_test_split.txt")
-    )
-    for line in read(base / "attributes" / "image_attribute_labels.txt").splitlines():
-        image, attribute, present, *_ = line.split()
-        row = splits[parts[image]].setdefault(f"{base}/images/{files[image]}", {})
-        row[names[attribute]] = 2 * int(present) - 1
-    return [*names.values()], *splits.values()
-
-
 def load_folder(root: Path) -> tuple:
     """The user's own: lines `path,label;label;-label` in train.csv and test.csv, classes.txt.
     `-label` is known absent. What a line leaves out is unknown in train.csv, absent in test.csv."""
@@ -299,8 +280,6 @@ DATASETS = {  # name: tree under --root; root -> classes, train, test rows; offi
     "voc2012": (VOC, lambda root: load_voc(root, "voc2012"), (5717, 5823), ""),
     "nuswide": ("ImageList/, Groundtruth/TrainTestLabels/, Flickr/*/*.jpg", load_nuswide,
                 (161789, 107859), "ask at lms.comp.nus.edu.sg/wp-content/uploads/2019, 30 GB"),
-    "cub": ("attributes.txt, CUB_200_2011/{images,attributes,images.txt,train_test_split.txt}",
-            load_cub, (5994, 5794), "get it from www.vision.caltech.edu/datasets, 1.1 GB"),
     "folder": ("train.csv, test.csv, classes.txt, images", load_folder, None, "it is your own"),
 }  # fmt: skip
 
@@ -309,11 +288,9 @@ DATASETS = {  # name: tree under --root; root -> classes, train, test rows; offi
 
 
 def load_clip(arch: str, weights: str, size: int) -> tuple[nn.Module, Callable]:
-    """open_clip's CLIP with a ResNet tower for images of `size` pixels, and its tokenizer.
-
-    arch: a name of open_clip, hf-hub:ORG/NAME, or local-dir:FOLDER, looked for here and beside this
-    file; weights: "default" (OpenAI's, or the folder's), "none" or a path.
-    """
+    """open_clip's CLIP with a ResNet tower for images of `size` pixels, and its tokenizer. arch: a
+    name of open_clip, hf-hub:ORG/NAME, or local-dir:FOLDER, looked for here and beside this file;
+    weights: "default" (OpenAI's, or the folder's), "none" or a path."""
     scheme, colon, folder = arch.partition(":")
     if scheme == "local-dir" and not Path(folder).exists():
         arch = scheme + colon + str(Path(__file__).parent / folder)
@@ -339,10 +316,8 @@ def load_clip(arch: str, weights: str, size: int) -> tuple[nn.Module, Callable]:
 
 def clip_features(visual: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 (B, 3, H, W) -> CLIP's image feature f (B, D) and local features u (B, N, D), unit.
-
     u_i is the value of position i by itself. f, the pool's attention, averages values by head; it
-    has one query here, where open_clip's pool computes one more for every position.
-    """
+    has one query here, where open_clip's pool computes one more for every position."""
     x = normalise(images, visual.preprocess_cfg["mean"], visual.preprocess_cfg["std"])
     x = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(x)))))
     pool, x = visual.attnpool, x.flatten(2).transpose(1, 2)  # (B, N, D_in)
@@ -381,11 +356,9 @@ def open_image(item: str | np.ndarray, decode: bool = True) -> Image.Image:
 
 
 def make_transform(size: int, crops: Sequence[int] = ()) -> v2.Transform:
-    """PIL image -> uint8 (3, size, size), bicubic, the aspect not kept.
-
-    With `crops`: resize to 512, random square crop, resize to 448, flip. The numbers are those of
-    size 448 (SST, "Implementation Details") and scale with it.
-    """
+    """PIL image -> uint8 (3, size, size), bicubic, the aspect not kept. With `crops`: resize to
+    512, random square crop, resize to 448, flip; the numbers are those of size 448 (SST,
+    "Implementation Details") and scale with it."""
     full, bicubic = round(512 * size / 448), InterpolationMode.BICUBIC
     steps = [v2.Resize((size, size), bicubic), v2.ToImage()]
     if crops:
@@ -414,12 +387,10 @@ class ImageDataset(Dataset):
         return *(transform(image) for transform in self.transforms), self.y[i], i
 
 
-def make_loader(
-    data: Dataset, args: Namespace, train: bool = False, batch_size: int | None = None
-) -> DataLoader:
+def make_loader(data: Dataset, args: Namespace, train: bool = False, size: int = 0) -> DataLoader:
     """Of training: shuffled, without a smaller last batch, since batch statistics want whole ones.
     Under torchrun each process has its part of a batch; test images come once over all."""
-    size, sampler = batch_size or args.batch_size, None
+    size, sampler = size or args.batch_size, None
     need(size % PROCESSES == 0, f"{PROCESSES} processes cannot share {size} images")
     whole = train and len(data) >= size
     if PROCESSES > 1 and train:
@@ -463,11 +434,9 @@ def average_precision(logits: np.ndarray, y: np.ndarray, interpolated: bool = Fa
 
 def multilabel_metrics(logits: np.ndarray, y: np.ndarray) -> dict:
     """Percentages from logits (images, C), float32, and y in {1, 0, -1}; 0 counts nowhere.
-
     `mAP` non-interpolated, `mAP_interp` interpolated, over classes with a positive, which
     `empty_classes` have not. OP OR OF1 over all entries, CP CR CF1 over classes, at p >= 0.5, and
-    `_top3` for those of an image's 3 highest scores that reach it too.
-    """
+    `_top3` for those of an image's 3 highest scores that reach it too."""
     need(np.isfinite(logits).all(), "a score is not finite: training diverged; lower --lr")
     truth, shown, result = y == 1, (y == 1).any(0), {}
     for name, interpolated in (("mAP", False), ("mAP_interp", True)):
@@ -500,11 +469,9 @@ def add_up(totals: dict[str, Tensor], **values: Tensor) -> None:
 
 
 def epoch_entry(totals: dict[str, Tensor], steps: int) -> dict:
-    """Log entries from what an epoch added up, in place made the total of all processes.
-
-    The mean of each `loss...` over the steps; of `pseudo`, sums of `pseudo_counts`, the number an
-    image, precision and recall, None without a denominator.
-    """
+    """Log entries from what an epoch added up, here made the total of all processes: the mean of
+    each `loss...` over the steps; of `pseudo`, sums of `pseudo_counts`, number an image, precision
+    and recall, None without a denominator."""
     for x in totals.values() if PROCESSES > 1 else ():
         distributed.all_reduce(x)
     means = {k: x.item() / steps / PROCESSES for k, x in totals.items() if k.startswith("loss")}
@@ -557,8 +524,7 @@ def load_task(args: Namespace, state: dict | None, method: str, hide: Callable) 
     checkpoint `state` must be about the same or, to be evaluated, know the same classes."""
     classes, train, test = load_data(args.data, args.root, args.limit, args.download)
     y = hide(train[1], args.known, args.mask_seed)
-    known = args.eval or y.any()
-    need(known, f"--known {args.known} of {y.shape} labels leaves none known; raise it")
+    need(args.eval or y.any(), f"--known {args.known} leaves none of {y.size} labels known")
     about = dict(method=method, classes=classes, data=args.data, mask=mask_hash(y))
     for name in (["classes"] if args.eval else about) if state else ():
         was = f"--resume: {name} was {state[name]} and is {about[name]} now"
@@ -567,19 +533,17 @@ def load_task(args: Namespace, state: dict | None, method: str, hide: Callable) 
 
 
 class Run:
-    """The folder OUT of a run: log.jsonl, last.pt, samples.png. A dry run writes nothing.
+    """The folder OUT of a run: log.jsonl, last.pt, samples.png; a dry run writes nothing. `saved`:
+    what has a state_dict, goes into checkpoints, and comes from that of --resume."""
 
-    `log`: {"run": ...}, then an object an epoch; the checkpoint holds it too. `saved`: what has a
-    state_dict, among it `optimizer`; it goes into the checkpoint, and comes from that of --resume.
-    """
-
-    def __init__(self, args: Namespace, about: dict, state: dict | None, device, **saved) -> None:
+    def __init__(self, args: Namespace, about: dict, state: dict | None, **saved) -> None:
         free = (f"runs/{about['method']}-{about['data']}-{n}" for n in count(1))
         self.out = Path(args.out or next(path for path in free if not Path(path).exists()))
         own = state and self.out.resolve() == Path(state["args"]["out"]).resolve()
         free = own or not (self.out / "last.pt").exists()
         need(free, f"--out {self.out} holds a run; add --resume auto, or choose another")
-        self.args, self.about, self.device, self.saved = args, about, device, saved
+        self.args, self.about, self.saved = args, about, saved
+        self.device = device = next(saved["model"].parameters()).device
         self.silent, self.start = args.dry_run or RANK > 0, state["epoch"] + 1 if state else 1
         for name, item in saved.items() if state else ():
             with naming(f"--resume: its {name} does not fit"):

@@ -97,8 +97,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, dict | None]:
     add("--dry-run", action="store_true", help="a few steps on a few images, nothing written")
     first = parser.parse_known_args(argv)[0]  # --data and --resume decide the defaults
     state = common.load_checkpoint(first, "scinet")
-    recipe = RECIPES.get(first.data, RECIPES["real"])
-    parser.set_defaults(**recipe | (state["args"] if state else {}))
+    parser.set_defaults(**state["args"] if state else RECIPES.get(first.data, RECIPES["real"]))
     add("-h", "--help", action="help", help="show this and exit")
     return common.check_args(parser.parse_args(argv), "tau_u sigma neighbours tau"), state
 
@@ -107,11 +106,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, dict | None]:
 
 
 class PromptEncoder(nn.Module):
-    """Text features of the learned prompt [v1 .. v4, CLASS] (paper; m = 4 and start our reading).
-
-    forward() -> (C, D), unit. The context starts as "a photo of a", shared by all classes. Takes
-    CLIP's text tower, which stays frozen.
-    """
+    """Text features of the learned prompt [v1 .. v4, CLASS] (paper; m = 4 and start our reading):
+    () -> (C, D), unit. The context starts as "a photo of a", shared by all classes. The text tower
+    is CLIP's and stays frozen."""
 
     def __init__(self, clip: nn.Module, tokens: Tensor) -> None:
         super().__init__()
@@ -137,28 +134,21 @@ class PromptEncoder(nn.Module):
 
 def text_dominant_scores(f: Tensor, t: Tensor, w: Tensor) -> Tensor:
     """<f_i, t_ic> with t_ic = nrm(t_c + W f_i) (paper: the image feeds the text; our reading).
-
-    Args: unit f (B, D) and t (C, D); w = W f (B, D). Returns (B, C); no (B, C, D) is formed.
-    """
+    Unit f (B, D) and t (C, D), w = W f (B, D) -> (B, C); no (B, C, D) is formed."""
     square = 1 + 2 * w @ t.T + w.square().sum(-1, keepdim=True)  # |t_c + W f_i|^2
     return (f @ t.T + (f * w).sum(-1, keepdim=True)) / square.clamp(min=1e-6).sqrt()
 
 
 def visual_dominant_scores(f: Tensor, t: Tensor, z: Tensor, beta: Tensor, tau: float) -> Tensor:
-    """<f_ic, t_c> with f_ic = nrm(f_i + beta sum_u softmax_u(<t_c, Z_iu> / tau) Z_iu).
-
-    Paper: the text feeds the image; our reading. Args: unit f (B, D), t (C, D), z (B, N, D);
-    scalar beta. Returns (B, C).
-    """
+    """<f_ic, t_c> with f_ic = nrm(f_i + beta sum_u softmax_u(<t_c, Z_iu> / tau) Z_iu) (paper: the
+    text feeds the image; our reading). Unit f (B, D), t (C, D), z (B, N, D) -> (B, C)."""
     a = (t @ z.transpose(1, 2) / tau).softmax(dim=-1)  # (B, C, N)
     return (F.normalize(f[:, None] + beta * (a @ z), dim=-1) * t).sum(-1)
 
 
 class SCINet(nn.Module):
-    """images (B, 3, H, W) uint8 -> logits (B, C), image features f (B, D).
-
-    visual: CLIP's image tower; scale: CLIP's; rank: of W. What is not learned stays CLIP's.
-    """
+    """images (B, 3, H, W) uint8 -> logits (B, C), image features f (B, D). visual: CLIP's image
+    tower; scale: CLIP's; rank: of W."""
 
     def __init__(self, visual, prompt, scale: Tensor, rank: int = 32, tau: float = 0.05) -> None:
         super().__init__()
@@ -277,10 +267,7 @@ def fuse(
 
 def class_thresholds(count: Tensor, tau: float) -> Tensor:
     """T_c = tau a_c / (2 - a_c), never under 1/2 (FlexMatch, NeurIPS 2021; our reading): (C,).
-
-    count (C,): unknown entries of class c whose last target reached tau; a_c is its share of the
-    largest.
-    """
+    count (C,): unknown entries of c whose last target reached tau; a_c its share of the largest."""
     a = count / count.max().clamp(min=1)
     return (tau * a / (2 - a)).clamp(min=0.5)
 
@@ -405,17 +392,14 @@ def main() -> None:
     groups = [dict(params=matrices), dict(params=rest, weight_decay=0.0)]  # stay near CLIP's
     optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))
-    saved = dict(model=net, optimizer=optimizer, scheduler=scheduler)
-    run = common.Run(args, about, state, device, **saved)
+    run = common.Run(args, about, state, model=net, optimizer=optimizer, scheduler=scheduler)
     metrics, logits = evaluate(net, test_loader, test[1], bf16)
     if state:
         memory = state["memory"]
     else:
         run.add(dict(epoch=0, mAP=metrics["mAP"]))  # zero-shot
     sharp = torch.eye(len(a_q)) + a_q.square()
-    memory["sharp"], model = sharp / sharp.sum(0), common.parallel(net, device)
-    if args.compile:
-        net.compile()
+    memory["sharp"], model = sharp / sharp.sum(0), common.parallel(net, device, args.compile)
     for epoch in range(run.start, args.epochs + 1):
         run.begin(epoch, loader)
         memory["p"] = fuse(memory["s"], known, a_n, a_q, args.lambda_n, args.lambda_q)

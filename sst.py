@@ -3,52 +3,46 @@
 
 Chen, Pu, Wu, Xie, Lin: Structured Semantic Transfer for Multi-Label Recognition with Partial
 Labels, AAAI 2022. Each class attends to its own place in the image and gets its own feature. Two
-modules guess unknown labels: IST looks inside the image, where a learned co-occurrence lets known
-positives vouch for others; CST looks across images, where a feature close to those of a class's
-known positives gets the class. The known labels and both completed sets train the classifier.
+modules guess unknown labels, which then train the classifier too: IST by a learned co-occurrence
+with the image's known positives, CST by likeness to the class's known positives elsewhere.
 
-Run:  python sst.py                                                toy world, 10 % known
-      python sst.py --no-ist --no-cst                              the baseline, SSGRL
+Run:  python sst.py                            toy world, 10 % known
+      python sst.py --no-ist --no-cst          the baseline, SSGRL
       python sst.py --data coco --root DIR --known 0.5 --glove glove.6B.300d.txt
 
 Measured: MEASURED
 
 Differs from the paper:
- 1. Eq. 2 averages over the known positives (--intra-reduce sum for the letter): five times 0.2
-    would pass any threshold.
+ 1. Eq. 2 averages over the known positives: five times 0.2 would pass any threshold.
  2. Eq. 4 has its minus sign and max(p - m, 0). Its negatives are pairs with both labels known
     (--pairs all for every pair that is not positive, unknown ones too).
- 3. Eq. 6 keeps the mean unit feature of a class from the last epoch, which is the mean of cosines.
+ 3. Eq. 6 keeps the mean unit feature of a class from the last epoch: the mean of the cosines.
  4. Eq. 7-8 take known labels only and average (+,+) pairs and the rest apart: the rare (+,+) would
     drown. Every loss is a mean, so the toy recipe has its own lambdas.
- 5. SSGRL's two linear maps after the tanh are one; the graph's cell is a GRU cell; phi_intra has
-    one output layer for all pairs. P(j|i) is over the images where j is known.
+ 5. SSGRL's two linear maps after the tanh are one, the graph's cell is a GRU cell, phi_intra has
+    one output layer for all pairs, and P(j|i) is over the images where j is known. No "w/ SAM".
 """
 
 from __future__ import annotations
 
-import math
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
+from torchvision.models import get_model
 from tqdm import tqdm
 
 import common
 
 RECIPES = {  # "real" is the paper's, its lambdas too, though every loss here is a mean
     "real": dict(
-        arch="resnet101", size=448, pool=2, width=1024, hidden=(512, 1024), weight_decay=5e-4,
-        crops=(512, 448, 384, 320, 256), epochs=20, lr=1e-5, lr_step=10, workers=4,
-        lambda_1=10.0, lambda_2=0.05,
+        arch="resnet101", size=448, pool=2, width=1024, hidden=(512, 1024), epochs=20, workers=4,
+        lr=1e-5, lr_step=10, weight_decay=5e-4, lambdas=(10, 0.05), crops=(512, 448, 384, 320, 256),
     ),
     "toy": dict(
-        arch="toy", size=64, pool=1, width=64, hidden=(128, 128), weight_decay=1e-4, workers=0,
-        crops=(512, 448), epochs=16, lr=1e-3, lr_step=12, lambda_1=3.0, lambda_2=0.2,
-        frozen_bn=True,
+        arch="toy", size=64, pool=1, width=64, hidden=(128, 128), epochs=16, lr=1e-3, lr_step=12,
+        weight_decay=1e-4, lambdas=(3, 0.2), workers=0, crops=(512, 448), frozen_bn=True,
     ),
 }  # fmt: skip
 RECIPES["folder"] = RECIPES["real"] | dict(known=1.0)  # one's own: what is unknown, nobody knows
@@ -75,15 +69,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, dict | None]:
     add("--size", type=int, help="side of the square input in pixels")
     add("--pool", type=int, help="side of the squares of the map that are averaged")
     add("--width", type=int, help="D, width of the class features")
-    add("--sarl", choices=("sd", "sam"), default="sd", help="semantic decoupling or attention")
     add("--glove", help="GloVe text file, 300-d; without it word vectors are learned")
     add("--no-ist", action="store_true", help="no intra-image transfer")
     add("--no-cst", action="store_true", help="no cross-image transfer")
     add("--stat-cooc", action="store_true", help="Eq. 2 with the co-occurrence of the data set")
-    add("--intra-reduce", choices=("mean", "sum"), default="mean", help="Eq. 2 over known labels")
     add("--pairs", choices=("both", "all"), default="both", help="see pair_targets()")
-    add("--lambda-1", type=float, help="weight of L_ist; at 0, its pseudo-labels stay")
-    add("--lambda-2", type=float, help="weight of L_cst; at 0, its pseudo-labels stay")
+    add("--lambdas", type=float, nargs=2, help="weights of L_ist, L_cst; 0 keeps pseudo-labels")
     add("--theta", type=float, nargs=2, default=(0.75, 0.75), help="lowest of Eq. 2 and of Eq. 6")
     add = parser.add_argument_group("run").add_argument
     add("--epochs", type=int, help="length of the schedule")
@@ -99,8 +90,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, dict | None]:
     add("--dry-run", action="store_true", help="a few steps on a few images, nothing written")
     first = parser.parse_known_args(argv)[0]  # --data and --resume decide the defaults
     state = common.load_checkpoint(first, "sst")
-    recipe = RECIPES.get(first.data, RECIPES["real"])
-    parser.set_defaults(**recipe | (state["args"] if state else {}))
+    parser.set_defaults(**state["args"] if state else RECIPES.get(first.data, RECIPES["real"]))
     add("-h", "--help", action="help", help="show this and exit")
     return common.check_args(parser.parse_args(argv), "width pool"), state
 
@@ -109,19 +99,15 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, dict | None]:
 
 
 def build_trunk(arch: str, weights: str, learns: str = "last") -> tuple:
-    """Frozen and trained stages of a torchvision classifier less its head, channels of its map.
-
-    The last stage is `layer4` of a ResNet, the last quarter of the layers of others. weights:
-    "default" (ImageNet V1; the toy trunk's own), "none" or the path of a state dict.
-    """
+    """Frozen stages, trained stages and channels of the map of a torchvision classifier. The last
+    stage is a ResNet's `layer4`, of others the last quarter of the layers."""
     if arch == "toy":
         from tests import toy  # only here: the method needs nothing of it
 
         net, weights = toy.Trunk(), toy.TRUNK if weights == "default" else weights
     else:
         with common.naming(f"--arch {arch} --weights {weights} cannot be used; try resnet101"):
-            default = "IMAGENET1K_V1" if weights == "default" else None
-            net = torchvision.models.get_model(arch, weights=default)
+            net = get_model(arch, weights="IMAGENET1K_V1" if weights == "default" else None)
     if weights not in ("default", "none"):
         common.load_weights(net, weights)
     layers = [*net.children()][:-2] if hasattr(net, "layer4") else getattr(net, "features", ())
@@ -136,23 +122,22 @@ def read_glove(path: str, classes: list[str]) -> Tensor:
     """Word vectors (C, 300) of a GloVe text file: the mean over the words of each class name."""
     joined = dict(diningtable="dining table", pottedplant="potted plant", tvmonitor="tv monitor")
     names = [joined.get(name, name).lower().replace("_", " ").split() for name in classes]
-    wanted, found = {word for name in names for word in name}, {}
+    found = dict.fromkeys(word for name in names for word in name)
     with common.naming(f"--glove {path} is no text file of GloVe"), open(path, "rb") as file:
         for word, *numbers in (line.decode().rstrip().split(" ") for line in file):
-            if word in wanted and len(numbers) == 300:
+            if word in found and len(numbers) == 300:
                 found[word] = torch.tensor([*map(float, numbers)])
-    missing = sorted(wanted - {*found})
-    common.need(not missing, f"--glove {path} has no 300-d vector for: {', '.join(missing)}")
+    missing = ", ".join(sorted(word for word, vector in found.items() if vector is None))
+    common.need(not missing, f"--glove {path} has no 300-d vector for: {missing}")
     return torch.stack([torch.stack([found[word] for word in name]).mean(0) for name in names])
 
 
 class SemanticDecoupling(nn.Module):
     """Class features by low-rank bilinear attention (SSGRL, ICCV 2019): (B, N, D) -> (B, C, D)."""
 
-    def __init__(self, num_classes: int, width: int, words: Tensor | None = None) -> None:
+    def __init__(self, words: Tensor, width: int, learned: bool = True) -> None:
         super().__init__()
-        start = torch.randn(num_classes, 300) if words is None else words
-        self.words = nn.Parameter(start, requires_grad=words is None)
+        self.words = nn.Parameter(words, requires_grad=learned)  # (C, 300)
         self.image = nn.Linear(width, width, bias=False)
         self.word = nn.Linear(300, width, bias=False)
         self.attention = nn.Linear(width, 1)
@@ -164,36 +149,24 @@ class SemanticDecoupling(nn.Module):
         return weight.transpose(1, 2) @ x  # (B, C, D)
 
 
-class SemanticAttention(nn.Module):
-    """The paper's "w/ SAM" (ADD-GCN, ECCV 2020): sigmoid maps, divided by N, for the softmax."""
-
-    def __init__(self, num_classes: int, width: int) -> None:
-        super().__init__()
-        self.maps = nn.Linear(width, num_classes, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.maps(x)).transpose(1, 2) @ x / x.shape[1]  # (B, C, D)
-
-
 class GatedGraph(nn.Module):
     """Gated graph network (Li et al., 2016) over classes: (B, C, D) -> (B, C, D) in (-1, 1)."""
 
-    def __init__(self, adjacency: Tensor, width: int, steps: int = 3) -> None:
+    def __init__(self, adjacency: Tensor, width: int) -> None:
         super().__init__()
         self.register_buffer("adjacency", adjacency)  # (C, C), row i holds P(j|i)
         self.cell, self.output = nn.GRUCell(2 * width, width), nn.Linear(2 * width, width)
-        self.steps = steps
 
     def forward(self, f: Tensor) -> Tensor:
         h = f
-        for _ in range(self.steps):
+        for _ in range(3):
             message = torch.cat((self.adjacency @ h, self.adjacency.T @ h), dim=-1)  # (B, C, 2D)
             h = self.cell(message.flatten(0, 1), h.flatten(0, 1)).view_as(h)  # (B, C, D)
         return torch.tanh(self.output(torch.cat((h, f), dim=-1)))
 
 
 class PairNet(nn.Module):
-    """phi_intra of Eq. 1: f (B, C, D) -> logits (B, pairs) that classes i < j are both present."""
+    """phi_intra of Eq. 1: f (B, C, D) -> symmetric logits (B, C, C) that i and j are both there."""
 
     def __init__(self, num_classes: int, width: int, hidden: tuple[int, int]) -> None:
         super().__init__()
@@ -206,18 +179,18 @@ class PairNet(nn.Module):
         # W [f_i, f_j] = W_left f_i + W_right f_j: two products per class, not one per pair
         left, right = self.first.weight.chunk(2, dim=1)
         a, b = F.linear(f, left, self.first.bias), F.linear(f, right)  # (B, C, hidden)
-        # Eq. 1: p_ij = phi_intra([f_i, f_j]); the sigmoid is taken where p is needed. Not a[:, i]:
-        # on a CPU, its gradient is added up in the order in which threads come
+        # Eq. 1: p_ij = phi_intra([f_i, f_j]) before its sigmoid; a[:, i] would not be bit-stable
         i, j = self.pairs
-        return self.rest(a.index_select(1, i) + b.index_select(1, j)).squeeze(-1)
+        p = self.rest(a.index_select(1, i) + b.index_select(1, j)).squeeze(-1)  # (B, pairs)
+        matrix = p.new_zeros(len(f), f.shape[1], f.shape[1])
+        matrix[:, i, j] = matrix[:, j, i] = p
+        return matrix
 
 
 class SST(nn.Module):
-    """images (B, 3, H, W) uint8 -> class features f (B, C, D), logits (B, C), pair logits or None.
-
-    trunk: frozen stages, trained stages, channels. Pair logits (B, pairs) are there while training
-    with a PairNet. A map of 8 positions a side or more is averaged over squares of `pool`.
-    """
+    """images (B, 3, H, W) uint8 -> class features f (B, C, D), logits (B, C), and in training pair
+    logits (B, C, C). trunk: of `build_trunk`. A map of 8 positions a side or more is averaged over
+    squares of `pool`. frozen_bn: the trunk's batch norms keep their statistics."""
 
     def __init__(self, trunk, sarl, graph, pairs=None, pool=1, frozen_bn=False) -> None:
         super().__init__()
@@ -226,7 +199,7 @@ class SST(nn.Module):
         self.pool = nn.AvgPool2d(pool)
         self.project = nn.Sequential(nn.Conv2d(trunk[2], D, 1, bias=False), nn.BatchNorm2d(D))
         self.sarl, self.graph, self.pairs = sarl, graph, pairs
-        self.classifier = nn.Parameter(torch.randn(C, D) / math.sqrt(D))
+        self.classifier = nn.Parameter(torch.randn(C, D) * D**-0.5)
         self.bias = nn.Parameter(torch.zeros(C))
 
     def train(self, mode: bool = True) -> SST:
@@ -240,51 +213,43 @@ class SST(nn.Module):
         x = self.project(self.pool(x) if x.shape[-1] >= 8 else x)  # (B, D, h, w)
         f = self.sarl(x.flatten(2).transpose(1, 2))  # (B, N, D) -> (B, C, D)
         logits = (self.graph(f) * self.classifier).sum(-1) + self.bias  # (B, C)
-        learning = self.training and self.pairs is not None  # no pairs at test time
-        return f.float(), logits.float(), self.pairs(f).float() if learning else None
+        pairs = self.pairs(f).float() if self.pairs and self.training else None
+        return f.float(), logits.float(), pairs
 
 
 # ------------------------------------------------------------------------------------------ losses
 
 
-def pair_targets(y: Tensor, pairs: Tensor, negatives: str = "both") -> Tensor:
-    """Targets (B, pairs) of Eq. 4 from y (B, C): +1 both present, -1 negative, 0 no loss.
-
-    Negative are pairs with both labels known, or, of "all", whatever is not positive (the letter).
-    """
-    a, b = y[:, pairs[0]], y[:, pairs[1]]
-    negative = (a != 0) & (b != 0) if negatives == "both" else torch.ones_like(a, dtype=torch.bool)
-    return torch.where((a == 1) & (b == 1), 1, -negative.long())
+def pair_targets(y: Tensor, negatives: str = "both") -> Tensor:
+    """Targets (B, C, C) of Eq. 4 from y (B, C): +1 both present, -1 negative, 0 no loss. Negative
+    are pairs with both labels known or, with "all", whatever is not positive (the letter)."""
+    a, b = y[:, :, None].long(), y[:, None].long()
+    negative = (a * b != 0) | (negatives == "all")
+    target = torch.where((a == 1) & (b == 1), 1, -negative.long())
+    return target * (1 - torch.eye(y.shape[1], dtype=torch.long, device=y.device))
 
 
 def ist_loss(logits: Tensor, target: Tensor) -> Tensor:
     """L_ist, Eq. 3-4 with the minus sign and max(p - m, 0), as a mean over pairs with a target.
-
-    logits (B, pairs), target (B, pairs) in {1, 0, -1} -> scalar, 0 without targets.
-    """
+    logits (B, C, C), target (B, C, C) in {1, 0, -1} -> scalar, 0 without targets."""
     p = torch.sigmoid(logits)
     p_m = (p - 0.05).clamp(min=0)
-    # Eq. 4: -(1 - p)^1 log p if the pair co-occurs, -p_m^2 log(1 - p_m) if not
+    # Eq. 4: -(1 - p)^1 log p if the pair co-occurs, -p_m^2 log(1 - p_m) if not; Eq. 3, as a mean
     loss_pos, loss_neg = (p - 1) * F.logsigmoid(logits), -(p_m**2) * torch.log1p(-p_m)
-    # Eq. 3, as a mean
     total = (loss_pos * (target == 1) + loss_neg * (target == -1)).sum()
     return total / (target != 0).sum().clamp(min=1)
 
 
 def cst_loss(f: Tensor, y: Tensor) -> Tensor:
     """L_cst, Eq. 7-8 over pairs of different images in a batch: f (B, C, D), y (B, C) -> [0, 4].
-
     Mean of 1 - s over pairs with class c known present in both, plus mean of 1 + s over the other
-    pairs with c known in both; either is 0 without a pair. Costs O(BCD): no pair is formed.
-    """
+    pairs with c known in both; either is 0 without a pair. Costs O(BCD): no pair is formed."""
     u = F.normalize(f, dim=-1)  # Eq. 5: s_c^{n,m} = u_n . u_m
-
-    def cosines(member: Tensor) -> tuple[Tensor, Tensor]:  # (B, C) -> sum and number of pairs
-        # the cosines of all pairs of n unit vectors add up to |sum u|^2 - n
-        selves, n = (member * u.square().sum(-1)).sum(), member.sum(0)
-        return torch.einsum("bc,bcd->cd", member, u).square().sum() - selves, (n * (n - 1)).sum()
-
-    (s_pos, n_pos), (s_known, n_known) = (cosines(m.to(u.dtype)) for m in (y == 1, y != 0))
+    member = torch.stack((y == 1, y != 0)).to(u.dtype)  # (2, B, C): present, known
+    # the cosines of all ordered pairs of n unit vectors add up to |sum u|^2 - n
+    square = torch.einsum("kbc,bcd->kcd", member, u).square().sum((1, 2))
+    s_pos, s_known = square - (member * u.square().sum(-1)).sum((1, 2))
+    n_pos, n_known = (member.sum(1) * (member.sum(1) - 1)).sum(1)
     n_rest = n_known - n_pos
     # Eq. 8: 1 - s where both are present, 1 + s otherwise; Eq. 7, as a mean over either kind
     attract = torch.where(n_pos > 0, (n_pos - s_pos) / n_pos.clamp(min=1), 0.0)
@@ -311,40 +276,25 @@ def threshold(epoch: int, lowest: float) -> float:
 
 @torch.no_grad()
 def cooccurrence(y: Tensor) -> Tensor:
-    """Row i: P(j|i) = n(i present, j present) / n(i present, j known); y (images, C) -> (C, C).
-    Zero diagonal; 0 where i was never seen present with j known."""
+    """Row i: P(j|i) = n(i and j present) / n(i present, j known) or 0. y (images, C) -> (C, C)."""
     present, known = (y == 1).double(), (y != 0).double()
     return (present.T @ present / (present.T @ known).clamp(min=1)).fill_diagonal_(0).float()
 
 
-def pair_matrix(logits: Tensor, pairs: Tensor, num_classes: int) -> Tensor:
-    """Pair logits (B, pairs) -> p (B, C, C): probabilities, symmetric, zero diagonal."""
-    p, (i, j) = logits.new_zeros(len(logits), num_classes, num_classes), pairs
-    p[:, i, j] = p[:, j, i] = torch.sigmoid(logits)
-    return p
-
-
 @torch.no_grad()
-def intra_pseudo_labels(p: Tensor, y: Tensor, theta: float, reduce: str = "mean") -> Tensor:
-    """Eq. 2: y (B, C) with unknown labels set to 1 where the image's known positives say so.
-
-    p (B or 1, C, C): p[n, i, j] in [0, 1] is i given j. theta: none from 1 up. reduce: mean over
-    the known positives or the printed sum. No known positive: no pseudo-label.
-    """
+def intra_pseudo_labels(p: Tensor, y: Tensor, theta: float) -> Tensor:
+    """Eq. 2, a mean: y (B, C) with unknown labels set to 1 where known positives vouch for them.
+    p (B or 1, C, C): p[n, i, j] in [0, 1] is i given j. theta: no pseudo-label from 1 up."""
     positive = (y == 1).to(p.dtype)
-    # Eq. 2: y_i = 1[sum of p_ij over known positives j >= theta]
-    score = (p @ positive[:, :, None]).squeeze(-1)  # (B, C)
-    if reduce == "mean":
-        score = score / positive.sum(1, keepdim=True).clamp(min=1)
+    # Eq. 2: y_i = 1[mean of p_ij over known positives j >= theta]
+    score = (p @ positive[:, :, None]).squeeze(-1) / positive.sum(1, keepdim=True).clamp(min=1)
     return torch.where((y == 0) & (score >= theta) & (theta < 1), 1, y)
 
 
 @torch.no_grad()
 def cross_pseudo_labels(f: Tensor, y: Tensor, prototype: Tensor, theta: float) -> Tensor:
     """Eq. 6: y (B, C) with unknown labels set to 1 where f (B, C, D) is like known positives.
-
-    prototype (C, D): the mean of their unit features, 0 for a class without; theta as in Eq. 2.
-    """
+    prototype (C, D): the mean of their unit features, 0 for a class without; theta as in Eq. 2."""
     # Eq. 6: the mean of cosines over D_c is one product with the mean unit vector
     similarity = (F.normalize(f, dim=-1) * prototype).sum(-1)  # (B, C)
     return torch.where((y == 0) & (similarity >= theta) & (theta < 1), 1, y)
@@ -355,35 +305,31 @@ def cross_pseudo_labels(f: Tensor, y: Tensor, prototype: Tensor, theta: float) -
 
 def train_one_epoch(model, loader, optimizer, prototypes, truth, epoch, args):
     """One pass. Returns log entries and the prototypes (C, D) of this epoch, for the next one.
-
-    `truth` (images, C) serves the diagnostics of the pseudo-labels and nothing else.
-    """
-    model.train()
-    net, device, zero = getattr(model, "module", model), prototypes.device, prototypes.new_zeros(())
+    `truth` (images, C) serves the diagnostics of the pseudo-labels and nothing else."""
+    net, totals, device = getattr(model.train(), "module", model), {}, prototypes.device
     theta_intra, theta_cross = (threshold(epoch, lowest) for lowest in args.theta)
-    totals = {}
     for images, y, index in tqdm(loader, f"epoch {epoch}", leave=False, disable=None):
         images, y = images.to(device, non_blocking=True), y.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            f, logits, pair_logits = model(images)  # (B, C, D), (B, C), (B, pairs)
-        # Eq. 10: L_cls is the loss on the known labels plus that on either completed set; as long
-        # as there are no pseudo-labels, three times the same
-        y_intra, y_cross, loss_ist, loss_cst, loss_cls = y, y, zero, zero, partial_bce(logits, y)
+            f, logits, pair_logits = model(images)  # (B, C, D), (B, C), (B, C, C)
+        # Eq. 10: L_cls is the loss on the known labels plus that on either completed set
+        y_intra, y_cross, loss_cls = y, y, partial_bce(logits, y)
+        loss_ist = loss_cst = torch.zeros_like(loss_cls)
         if not args.no_ist:
             p = net.graph.adjacency.T[None]  # for --stat-cooc: row i, column j holds P(i|j)
             if not args.stat_cooc:
-                p = pair_matrix(pair_logits.detach(), net.pairs.pairs, y.shape[1])
-                loss_ist = ist_loss(pair_logits, pair_targets(y, net.pairs.pairs, args.pairs))
-            y_intra = intra_pseudo_labels(p, y, theta_intra, args.intra_reduce)
+                p = torch.sigmoid(pair_logits.detach())
+                loss_ist = ist_loss(pair_logits, pair_targets(y, args.pairs))
+            y_intra = intra_pseudo_labels(p, y, theta_intra)
             loss_cls = loss_cls + partial_bce(logits, y_intra)
         if not args.no_cst:
             y_cross = cross_pseudo_labels(f, y, prototypes, theta_cross)
             loss_cls, loss_cst = loss_cls + partial_bce(logits, y_cross), cst_loss(f, y)
-            positive, u = (y == 1).float(), F.normalize(f, dim=-1)
-            sums = torch.einsum("bc,bcd->cd", positive, u.detach())
+            positive = (y == 1).float()
+            sums = torch.einsum("bc,bcd->cd", positive, F.normalize(f.detach(), dim=-1))
             common.add_up(totals, sums=sums, number=positive.sum(0)[:, None])
         # Eq. 11: L = L_cls + lambda_1 L_ist + lambda_2 L_cst
-        loss = loss_cls + args.lambda_1 * loss_ist + args.lambda_2 * loss_cst
+        loss = loss_cls + args.lambdas[0] * loss_ist + args.lambdas[1] * loss_cst
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -394,7 +340,7 @@ def train_one_epoch(model, loader, optimizer, prototypes, truth, epoch, args):
     return entry, prototypes if args.no_cst else totals["sums"] / totals["number"].clamp(min=1)
 
 
-def evaluate(net, loader, y: np.ndarray, bf16: bool) -> tuple[dict, Tensor]:
+def evaluate(net, loader, y, bf16: bool) -> tuple[dict, Tensor]:
     """Metrics and logits (images, C), rows as in the data set."""
     logits = common.outputs(lambda x: net.eval()(x)[1:2], loader, net.bias.device, bf16)[0]
     return common.multilabel_metrics(logits.numpy(), y), logits
@@ -405,10 +351,11 @@ def evaluate(net, loader, y: np.ndarray, bf16: bool) -> tuple[dict, Tensor]:
 
 def build(args: Namespace, classes: list[str], adjacency: Tensor) -> SST:
     C, D, trunk = len(classes), args.width, build_trunk(args.arch, args.weights, args.train_trunk)
-    words = read_glove(args.glove, classes) if args.glove else None
-    sarl = SemanticAttention(C, D) if args.sarl == "sam" else SemanticDecoupling(C, D, words)
+    named = args.glove and not (args.eval or args.predict)  # then they come with the checkpoint
+    words = read_glove(args.glove, classes) if named else torch.randn(C, 300)
+    sarl, graph = SemanticDecoupling(words, D, not args.glove), GatedGraph(adjacency, D)
     pairs = None if args.no_ist or args.stat_cooc else PairNet(C, D, args.hidden)
-    return SST(trunk, sarl, GatedGraph(adjacency, D), pairs, args.pool, args.frozen_bn)
+    return SST(trunk, sarl, graph, pairs, args.pool, args.frozen_bn)
 
 
 def main() -> None:
@@ -422,26 +369,21 @@ def main() -> None:
     classes, train, test, y, about = common.load_task(args, state, "sst", common.hide_entries)
     net = build(args, classes, cooccurrence(torch.tensor(y)))
     net.to(device, memory_format=torch.channels_last)
-    test_data = common.ImageDataset(*test, common.make_transform(args.size))
-    test_loader = common.make_loader(test_data, args)
+    views = common.make_transform(args.size), common.make_transform(args.size, args.crops)
+    test_loader = common.make_loader(common.ImageDataset(*test, views[0]), args)
     if args.eval:
         common.load_weights(net, state["model"])
         return common.report(args, classes, test[1], evaluate(net, test_loader, test[1], bf16)[1])
 
-    data = common.ImageDataset(train[0], y, common.make_transform(args.size, args.crops))
-    loader = common.make_loader(data, args, train=True)
-    learned = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    words = [learned.pop("sarl.words")] if "sarl.words" in learned else []
-    groups = [dict(params=learned.values()), dict(params=words, weight_decay=0)]  # it shrinks words
+    loader = common.make_loader(common.ImageDataset(train[0], y, views[1]), args, train=True)
+    rest = [p for name, p in net.named_parameters() if name != "sarl.words"]
+    groups = [dict(params=rest), dict(params=[net.sarl.words], weight_decay=0)]  # it shrinks words
     optimizer = torch.optim.Adam(groups, args.lr, weight_decay=args.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, gamma=0.1)
-    saved = dict(model=net, optimizer=optimizer, scheduler=scheduler)
-    run = common.Run(args, about, state, device, **saved)
+    run = common.Run(args, about, state, model=net, optimizer=optimizer, scheduler=scheduler)
     prototypes = state["prototypes"] if state else torch.zeros(len(classes), args.width)
-    prototypes, truth = prototypes.to(device), torch.tensor(train[1])
-    if args.compile:
-        net.compile()
-    model, logits = common.parallel(net, device), None
+    prototypes, truth, logits = prototypes.to(device), torch.tensor(train[1]), None
+    model = common.parallel(net, device, args.compile)
     for epoch in range(run.start, args.epochs + 1):
         run.begin(epoch, loader)
         more = prototypes, truth, epoch, args

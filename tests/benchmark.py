@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,12 +32,9 @@ import cbsa  # noqa: E402
 import common  # noqa: E402
 import scinet  # noqa: E402
 import sst  # noqa: E402
+from tests import toy  # noqa: E402
+from tests.ablations import markdown_table  # noqa: E402
 
-SMALL_CLIP = dict(  # for the CPU
-    embed_dim=256,
-    vision_cfg=dict(layers=[2, 2, 2, 2], width=32, image_size=224),
-    text_cfg=dict(context_length=16, vocab_size=49408, width=128, heads=2, layers=2),
-)
 cuda = False  # the device, and with it the size of everything
 
 
@@ -78,21 +76,19 @@ def sst_step(C: int = 80, trunk: str = "all"):
     arch, size, width, B = ("resnet101", 448, 1024, 32) if cuda else ("resnet18", 224, 256, 8)
     flags = f"--data coco --arch {arch} --weights none --size {size} --width {width}"
     flags += f" --train-trunk {trunk} --precision {'bf16' if cuda else 'fp32'}"
-    args, y = sst.parse_args(flags.split()), partial_labels(B, C)
-    net = place(sst.SST(args, classes_of(C), sst.cooccurrence(partial_labels(2000, C))))
-    learned = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learned, args.lr, fused=True)
+    args, y = sst.parse_args(flags.split())[0], partial_labels(B, C)
+    net = place(sst.build(args, classes_of(C), sst.cooccurrence(partial_labels(2000, C))))
+    optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=True)
     images, index = torch.randint(256, (B, 3, size, size), dtype=torch.uint8), torch.arange(B)
-    prototype, truth = place(torch.randn(C, width)), place(partial_labels(B, C, 1))
+    prototypes, truth = place(torch.randn(C, width)), partial_labels(B, C, 1)
 
     def step():  # epoch 20: both thresholds let pseudo-labels through
         batches = [(images, y, index)]
-        sst.train_one_epoch(net, batches, optimizer, prototype, truth, 20, args, {})
+        sst.train_one_epoch(net, batches, optimizer, prototypes, truth, 20, args)
 
     def floor():
-        early, last, channels = sst.build_trunk(arch, "none")
-        parts = (early, last) if trunk == "last" else (nn.Identity(), nn.Sequential(early, last))
-        return bare(*parts, [images], channels, C, common.normalise)
+        frozen, trained, channels = sst.build_trunk(arch, "none", trunk)
+        return bare(frozen, trained, [images], channels, C, common.normalise)
 
     return step, floor
 
@@ -100,8 +96,7 @@ def sst_step(C: int = 80, trunk: str = "all"):
 def clip_flags() -> str:
     if cuda:
         return "--data coco --arch RN101-quickgelu --weights none --size 224 --precision bf16"
-    common.TOY_CLIP = SMALL_CLIP
-    return "--data coco --arch toy --weights none --size 224"
+    return "--data coco --arch local-dir:tests/toy_clip --weights none --size 224"
 
 
 class Early(nn.Module):
@@ -116,56 +111,49 @@ class Early(nn.Module):
         return v.layer3(v.layer2(v.layer1(v.stem(x))))
 
 
-def clip_normalise(x):
-    return common.normalise(x, *common.CLIP_MEAN_STD)
+def optimizing(net: nn.Module, lr: float):
+    learned = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr, fused=True)
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
 
 
 def cbsa_step(C: int = 80):
     B = 32 if cuda else 8
-    args = cbsa.parse_args(clip_flags().split())
-    net = place(cbsa.CBSA(args, classes_of(C), 10))
+    args = cbsa.parse_args(clip_flags().split())[0]
+    net = place(cbsa.build(args, classes_of(C), 10))
     decay = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
     teacher = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=decay)
-    learned = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, args.lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
     images, index = torch.randint(256, (B, 3, 224, 224), dtype=torch.uint8), torch.arange(B)
-    y, labelled = place(partial_labels(B, C, 1)), place(torch.arange(B) < B // 2)
-    tally = dict(classes=y, contexts=y[:, :10].clone())
+    y = partial_labels(B, C, 1)
+    halves = [[(images[k : k + B // 2], y, index[k : k + B // 2])] for k in (0, B // 2)]
+    more = *optimizing(net, args.lr), (y, y[:, :10].clone()), args
 
     def step():
-        batches = [(images, y, index)]
-        more = optimizer, scheduler, labelled, args, 1, dict(tally)
-        cbsa.train_one_epoch(net, teacher, batches, *more)
+        cbsa.train_one_epoch(net, teacher, halves, 1, *more)
 
     def floor():
-        v = cbsa.CBSA(args, classes_of(C), 10).visual
+        v = cbsa.build(args, classes_of(C), 10).visual
         last = nn.Sequential(v.layer4, v.attnpool)
-        return bare(Early(v), last, [images], v.output_dim, C, clip_normalise)
+        return bare(Early(v), last, [images], v.output_dim, C, common.normalise)
 
     return step, floor
 
 
 def scinet_step(C: int = 80):
     B = 32 if cuda else 8
-    args = scinet.parse_args(clip_flags().split())
-    net = place(scinet.SCINet(args, classes_of(C)))
-    learned = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, args.lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
+    args = scinet.parse_args(clip_flags().split())[0]
+    net = place(scinet.build(args, classes_of(C)))
     views = [torch.randint(256, (B, 3, 224, 224), dtype=torch.uint8) for _ in range(3)]
     y, index, p = partial_labels(B, C), torch.arange(B), torch.rand(B, C)
-    memory = dict(p=p, count=torch.ones(C), sharp=torch.eye(C))
-    truth = place(partial_labels(B, C, 1))
+    memory = dict(p=p, s=p.clone(), count=torch.ones(C, dtype=torch.long), sharp=torch.eye(C))
+    more = *optimizing(net, args.lr), memory, partial_labels(B, C, 1), 5, args
 
     def step():
-        batches, tally = [(*views, y, index)], dict(s=place(p.clone()))
-        more = optimizer, scheduler, memory, truth, 5, args, tally
-        scinet.train_one_epoch(net, batches, *more)
+        scinet.train_one_epoch(net, [(*views, y, index)], *more)
 
     def floor():  # the tower is frozen: the head alone goes backward
-        v = scinet.SCINet(args, classes_of(C)).visual
-        return bare(v, nn.Identity(), views, v.output_dim, C, clip_normalise)
+        v = scinet.build(args, classes_of(C)).visual
+        return bare(v, nn.Identity(), views, v.output_dim, C, common.normalise)
 
     return step, floor
 
@@ -175,27 +163,25 @@ def scinet_step(C: int = 80):
 
 def ist(C: int = 80, B: int = 8, D: int = 1024):
     """Eq. 1-4 and Eq. 2's labels, forward and backward: every ordered pair, as printed."""
-    net, y = place(sst.PairNet(C, D, (512, 512))), partial_labels(B, C)
-    f, there = place(torch.randn(B, C, D)).requires_grad_(), place(y)
-    i, j = torch.triu_indices(C, C, offset=1)
+    net, y = place(sst.PairNet(C, D, (512, 512))), place(partial_labels(B, C))
+    f = place(torch.randn(B, C, D)).requires_grad_()
 
     def ours():
-        wanted = place(sst.needed_pairs(y, i, j))
-        logits = net(f, wanted)
-        loss = sst.ist_loss(logits, sst.pair_targets(there, net.i, net.j))
-        sst.intra_pseudo_labels(net.matrix(logits.detach(), C), there, 0.75)
+        logits = net(f)
+        loss = sst.ist_loss(logits, sst.pair_targets(y))
+        sst.intra_pseudo_labels(torch.sigmoid(logits.detach()), y, 0.75)
         loss.backward()
 
     def literal():
         a, b = f[:, :, None].expand(B, C, C, D), f[:, None].expand(B, C, C, D)
         p = torch.sigmoid(net.rest(net.first(torch.cat((a, b), dim=-1)))).squeeze(-1)
-        one, two = there[:, :, None], there[:, None]
+        one, two = y[:, :, None], y[:, None]
         present, known = (one == 1) & (two == 1), (one != 0) & (two != 0)
         p_m = (p - 0.05).clamp(min=0)
         loss = torch.where(present, -(1 - p) * torch.log(p), -(p_m**2) * torch.log(1 - p_m))
         ((loss * known).sum() / known.sum().clamp(min=1)).backward()
         score = (p.detach() * (two == 1)).sum(-1) / (two == 1).sum(-1).clamp(min=1)
-        torch.where((there == 0) & (score >= 0.75), 1, there)
+        torch.where((y == 0) & (score >= 0.75), 1, y)
 
     return literal, ours
 
@@ -236,7 +222,7 @@ def fusion(n: int, C: int = 80, K: int = 10):
 
 
 def neighbours(n: int, D: int = 512):
-    f = place(nn.functional.normalize(torch.randn(n, D), dim=-1))
+    f = nn.functional.normalize(torch.randn(n, D), dim=-1)
     return lambda: scinet.instance_graph(f, 10, 0.3)
 
 
@@ -251,12 +237,12 @@ def loader(images: str | None, number: int = 64):
     paths = sorted(Path(images).rglob("*.jpg"))[:number] if images else []
     if not paths:  # scenes of the size of COCO's photographs
         folder = Path(tempfile.mkdtemp())
-        for k, scene in enumerate(common.toy_scenes(number, 0)[0]):
+        for k, scene in enumerate(toy.scenes(number, 0)[0]):
             paths.append(folder / f"{k}.jpg")
-            common.Image.fromarray(scene).resize((640, 480)).save(paths[-1], quality=90)
-    views = [common.train_transform(448, sst.RECIPES["real"]["crops"])]
-    data = common.ImageDataset(paths, np.zeros((len(paths), 1)), views, 0)
-    return lambda: [data[1, k] for k in range(len(paths))], len(paths)
+            Image.fromarray(scene).resize((640, 480)).save(paths[-1], quality=90)
+    views = common.make_transform(448, sst.RECIPES["real"]["crops"])
+    data = common.ImageDataset(paths, np.zeros((len(paths), 1)), views)
+    return lambda: [data[k] for k in range(len(paths))], len(paths)
 
 
 # ------------------------------------------------------------------------------------ measuring
@@ -355,7 +341,7 @@ def main() -> None:
     args = parser.parse_args()
     cuda = args.device == "cuda"
     logging.disable(logging.WARNING)  # open_clip warns of each tower without weights
-    warnings.filterwarnings("ignore", "Sparse")  # torch's of what it calls beta
+    warnings.filterwarnings("ignore", "Sparse")  # of torch
     torch.manual_seed(0)
     if args.peak:
         return print_peak(args.peak[0], int(args.peak[1]))
@@ -377,7 +363,7 @@ def main() -> None:
             print(f"{name} {cells[0]}", file=sys.stderr, flush=True)
     if rows:
         header = ["", "ratio or value", "a, ms", "b, ms", "peak of a, MB", "peak of b, MB"]
-        print(common.markdown_table(header, rows))
+        print(markdown_table(header, rows))
 
 
 if __name__ == "__main__":

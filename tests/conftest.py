@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests import toy  # noqa: E402
 
 toy.scenes = functools.cache(toy.scenes)  # drawn once for all tests
+open_clip.get_tokenizer = functools.cache(open_clip.get_tokenizer)  # it reads a large vocabulary
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 

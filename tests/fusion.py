@@ -16,13 +16,16 @@ from collections import defaultdict
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 import scinet  # noqa: E402
 import sst  # noqa: E402
+from tests.ablations import markdown_table  # noqa: E402
 
 ROWS = {  # lambda_n, lambda_q
     "probe": (0, 0),
@@ -36,13 +39,13 @@ ROWS = {  # lambda_n, lambda_q
 @torch.no_grad()
 def features(images, size: int, weights: str) -> torch.Tensor:
     """Unit features (images, 1280): the mean over positions of MobileNetV2's last map."""
-    early, last, _ = sst.build_trunk("mobilenet_v2", weights)
-    trunk, transform, found = torch.nn.Sequential(early, last).eval(), None, []
-    transform = common.test_transform(size)
-    for k in common.progress(range(0, len(images), 64), "features"):
-        batch = torch.stack([transform(common.open_image(i)) for i in images[k : k + 64]])
-        found.append(trunk(common.normalise(batch)).mean((2, 3)))
-    return torch.nn.functional.normalize(torch.cat(found), dim=-1)
+    frozen, trained, _ = sst.build_trunk("mobilenet_v2", weights)
+    trunk = torch.nn.Sequential(frozen, trained).eval()
+    data = common.ImageDataset(images, np.zeros(len(images)), common.make_transform(size))
+    loader = common.make_loader(data, argparse.Namespace(batch_size=64, workers=0))
+    score = lambda x: (trunk(common.normalise(x)).mean((2, 3)),)  # noqa: E731
+    f = common.outputs(score, loader, torch.device("cpu"))[0]
+    return torch.nn.functional.normalize(f, dim=-1)
 
 
 def probe(f: torch.Tensor, y: torch.Tensor, c: float) -> torch.Tensor:
@@ -69,12 +72,12 @@ def main() -> None:
     parser.add_argument("--kappa", type=float, default=20)
     parser.add_argument("--related", type=int, default=5)
     args = parser.parse_args()
-    data = common.load_data(args.data, args.root, args.limit)
-    f, truth = features(data.train.images, args.size, args.weights), torch.tensor(data.train.y)
+    _, (images, labels), _ = common.load_data(args.data, args.root, args.limit)
+    f, truth = features(images, args.size, args.weights), torch.tensor(labels)
     a_n = scinet.instance_graph(f, 10, 0.3)
     found = defaultdict(list)
-    for c, known, seed in common.progress([*product(args.c, args.known, args.seeds)], "probes"):
-        y = torch.tensor(common.hide_entries(data.train.y, known, seed))
+    for c, known, seed in tqdm([*product(args.c, args.known, args.seeds)], "probes", disable=None):
+        y = torch.tensor(common.hide_entries(labels, known, seed))
         s, a_q = probe(f, y, c), scinet.label_graph(y, args.kappa, args.related)
         for row, (lambda_n, lambda_q) in ROWS.items():
             p = scinet.fuse(s, y, a_n, a_q, lambda_n, lambda_q)
@@ -85,7 +88,7 @@ def main() -> None:
         pairs = [(statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for v in values]
         table.append([f"C = {c:g}: {row}", *(f"{m:.1f} ± {spread:.1f}" for m, spread in pairs)])
     header = ["mAP of hidden entries, %", *(f"{known:.0%} known" for known in args.known)]
-    print(common.markdown_table(header, table))
+    print(markdown_table(header, table))
 
 
 if __name__ == "__main__":

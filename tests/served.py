@@ -2,6 +2,7 @@
 """Runs a script in a process of its own, forked from one that has imported everything."""
 
 import functools
+import multiprocessing
 import os
 import resource
 import signal
@@ -53,6 +54,7 @@ def serve(name: str, arguments: list[str], folder: str, where=None, act=None, li
     where (module, function, number): before that call the process gets the signal `act`, or `act`
     is called; `limit` is the size in bytes that files can grow to.
     """
+    multiprocessing.set_start_method("fork", force=True)  # for the loaders' workers, as usual
     os.chdir(folder)
     sys.argv = [f"{name}.py", *arguments]
     sys.stdout, sys.stderr = open("stdout", "a"), open("stderr", "a")

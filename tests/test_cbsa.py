@@ -76,7 +76,8 @@ def test_local_features_are_what_clips_attention_pool_averages(rng):
     for weight in pool.parameters():  # and with one query a head, as it is
         torch.nn.init.normal_(weight, generator=rng)
     expected = F.normalize(pool(tower.layer4(images / 255)), dim=-1)
-    torch.testing.assert_close(common.clip_features(tower, images)[0], expected, rtol=1e-4, atol=1e-5)
+    f = common.clip_features(tower, images)[0]
+    torch.testing.assert_close(f, expected, rtol=1e-4, atol=1e-5)
 
 
 def small_net(flags="", contexts=4, weights="none"):

@@ -208,28 +208,6 @@ def test_nuswide_replica(tmp_path):
         common.load_data("nuswide", str(tmp_path))
 
 
-def test_cub_replica(tmp_path):
-    base = tmp_path / "CUB_200_2011"
-    (base / "attributes").mkdir(parents=True)
-    (tmp_path / "attributes.txt").write_text("1 has_bill_shape::curved_(up_or_down)\n2 has_eye\n")
-    files = ["001.Black_footed_Albatross/a b.jpg", "001.Black_footed_Albatross/c.jpg"]
-    (base / "images.txt").write_text("".join(f"{k} {f}\n" for k, f in enumerate(files, 1)))
-    (base / "train_test_split.txt").write_text("1 0\n2 1\n")
-    (base / "attributes" / "image_attribute_labels.txt").write_text(
-        "1 1 1 3 2.5\n1 2 0 4 1.0\n2 1 0 3 0 27.7\n2 2 1 1 0.5\n"
-    )
-    for name in files:
-        picture(base / "images" / name)
-    classes, (_, y), (images, y_test) = common.load_data("cub", str(tmp_path))
-    assert classes == ["has_bill_shape::curved_(up_or_down)", "has_eye"]
-    assert y.tolist() == [[-1, 1]] and y_test.tolist() == [[1, -1]]
-    assert images == [str(base / "images/001.Black_footed_Albatross/a b.jpg")]
-    path = base / "attributes" / "image_attribute_labels.txt"
-    path.write_text(path.read_text().replace("1 1 1 3", "1 1 3 3"))
-    with pytest.raises(InputError, match="a b.jpg has labels.*5"):
-        common.load_data("cub", str(tmp_path))
-
-
 @pytest.fixture
 def folder(tmp_path):
     for name in ("a b.jpg", "c.png", "d.jpg"):
@@ -335,12 +313,19 @@ def test_a_download_that_breaks_is_named_and_goes_on_when_repeated(server):
 
 
 @pytest.mark.parametrize(
-    ("name", "word"), [("cub", "1.1 GB"), ("nuswide", "30 GB")]
+    ("name", "word"), [("folder", "your own"), ("nuswide", "30 GB")]
 )
 def test_what_cannot_be_downloaded_says_where_it_is(name, word, tmp_path):
     with pytest.raises(InputError, match=word) as error:
         common.load_data(name, str(tmp_path), fetch=True)
     assert "--download cannot fetch" in str(error.value)
+
+
+def test_a_label_that_is_no_class_names_the_image(voc):
+    path = voc / "VOCdevkit" / "VOC2007" / "Annotations" / "000005.xml"
+    path.write_text(path.read_text().replace("chair", "unicorn"))
+    with pytest.raises(InputError, match="000005.jpg has labels.*unicorn"):
+        common.load_data("voc2007", str(voc))
 
 
 def test_voc_comes_through_torchvision(voc, tmp_path, monkeypatch):
@@ -529,7 +514,8 @@ def test_log_entries_are_means_of_losses_and_quality_of_unknown_entries():
     pseudo = torch.tensor([[1, 1, 1, -1], [0, 1, 0, 0]])
     totals = {}
     for value in (1.0, 2.0):
-        common.add_up(totals, loss=torch.tensor(value), pseudo=common.pseudo_counts(pseudo, y, truth))
+        counts = common.pseudo_counts(pseudo, y, truth)
+        common.add_up(totals, loss=torch.tensor(value), pseudo=counts)
     entry = common.epoch_entry(totals, 2)
     expected = dict(per_image=1.5, precision=2 / 3, recall=2 / 3)
     assert entry == dict(loss=1.5) | {f"pseudo_{k}": v for k, v in expected.items()}

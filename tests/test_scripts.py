@@ -205,7 +205,7 @@ BAD = [
 ]
 OWN_BAD = {
     "sst": [
-        ("--sarl nosuch", "nosuch"),
+        ("--pairs nosuch", "nosuch"),
         ("--pool 0", "--pool"),
         ("--arch vit_b_16 --weights none", "spatial"),
         ("--glove nowhere.txt --weights none", "nowhere.txt"),

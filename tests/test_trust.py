@@ -113,35 +113,41 @@ def test_runs_killed_in_a_bad_moment_end_with_the_same_bits(name, where, start, 
     assert same(end(tmp_path), whole(name)[0])
 
 
+ERRORS = {  # where, what happens there, exit status, word of the last line
+    "step": (("common", "add_up", 2), served.out_of_memory, 1, "OutOfMemoryError"),
+    "evaluation": (("common", "average_precision", 3), served.out_of_memory, 1, "OutOfMemoryError"),
+    "image": (("common", "open_image", 3), served.unreadable, 2, "error: image x.jpg"),
+    "Ctrl-C": (("common", "add_up", 2), signal.SIGINT, 130, "--resume auto"),
+}
+# in a loader's worker, its third image
+CASES = [("step", 0), ("step", 2), ("evaluation", 4), ("image", 0), ("image", 2), ("image", 4)]
+CASES += [("Ctrl-C", 0), ("Ctrl-C", 2)]
+
+
 @each
-@pytest.mark.parametrize("workers", [0, 2, 4])
-@pytest.mark.parametrize(
-    ("where", "act", "status", "word"),
-    [
-        (("common", "add_up", 2), served.out_of_memory, 1, "OutOfMemoryError"),  # in a step
-        (("common", "multilabel_metrics", 2), served.out_of_memory, 1, "OutOfMemoryError"),
-        (("common", "open_image", 30), served.unreadable, 2, "error: image x.jpg"),  # in a worker
-        (("common", "add_up", 2), signal.SIGINT, 130, "--resume auto"),
-    ],
-    ids=["step", "evaluation", "image", "Ctrl-C"],
-)
-def test_an_error_ends_the_program(name, workers, where, act, status, word, start, tmp_path):
+@pytest.mark.parametrize(("kind", "workers"), CASES)
+def test_an_error_ends_the_program(name, kind, workers, start, tmp_path):
+    where, act, status, word = ERRORS[kind]
     process = start(name, tmp_path, "--workers", str(workers), where=where, act=act)
     assert finish(process, 60) == status, (tmp_path / "stderr").read_text()
     error = (tmp_path / "stderr").read_text()
     assert word in error.splitlines()[-1], error
-    assert status == 1 or error.count("\n") == 1
+    assert status == 1 or error.count("\n") == 1, error
 
 
-def test_the_program_ends_from_the_shell_too(tmp_path):
-    """As above, for an interpreter that finishes as usual: an image breaks in a loader's worker."""
-    lines = "import sys; from tests import served; import sst, common; served.small_world()"
-    lines += "; served.at_call(common, 'open_image', 30, served.unreadable)"
+@pytest.mark.parametrize("kind", ["image", "Ctrl-C"])
+def test_the_program_ends_from_the_shell_too(kind, tmp_path):
+    """As above, for an interpreter that finishes as usual, and a signal to all its processes."""
+    (where, function, number), _, status, word = ERRORS[kind]
+    act = "served.unreadable" if kind == "image" else "lambda: os.killpg(0, 2)"
+    lines = "import os; from tests import served; import sst, common; served.small_world()"
+    lines += f"; served.at_call({where}, {function!r}, {number}, {act})"
     (tmp_path / "runner.py").write_text(f"{lines}; common.run_script(sst.main)\n")
     command = [sys.executable, "runner.py", *RUN, "--workers", "2"]
-    env = os.environ | dict(PYTHONPATH=str(ROOT))
-    done = subprocess.run(command, cwd=tmp_path, env=env, timeout=90, capture_output=True)
-    assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
+    more = dict(env=os.environ | dict(PYTHONPATH=str(ROOT)), start_new_session=True)
+    done = subprocess.run(command, cwd=tmp_path, timeout=90, capture_output=True, text=True, **more)
+    assert done.returncode == status and word in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
 
 
 @each
