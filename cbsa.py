@@ -150,11 +150,12 @@ class CBSA(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         f, u = common.clip_features(self.visual, images)  # (B, D), (B, N, D)
-        h, attention = label_features(u, self.where, self.tau)
-        h = f[:, None] if self.whole else h  # (B, 1 or C, D)
-        # p_k = sigma(s <h_k, t_k> + b_k)
-        logits = self.scale * (h * self.what).sum(-1) + self.bias  # (B, C)
-        return logits.float(), self.context(f).float(), attention
+        with torch.autocast(f.device.type, enabled=False):  # only the tower runs in bf16
+            h, attention = label_features(u, self.where, self.tau)
+            h = f[:, None] if self.whole else h  # (B, 1 or C, D)
+            # p_k = sigma(s <h_k, t_k> + b_k)
+            logits = self.scale * (h * self.what).sum(-1) + self.bias  # (B, C)
+            return logits, self.context(f), attention
 
 
 # ------------------------------------------------------------------------------------------ losses
@@ -245,6 +246,8 @@ def pseudo_labels(score: Tensor, y: Tensor, one_threshold: bool = False) -> Tens
 def endless(loader):
     while True:
         yield from loader
+        if common.PROCESSES > 1:
+            loader.sampler.set_epoch(loader.sampler.epoch + 1)
 
 
 def train_one_epoch(model, teacher, loaders, steps, optimizer, scheduler, labels, args):
@@ -256,8 +259,8 @@ def train_one_epoch(model, teacher, loaders, steps, optimizer, scheduler, labels
     model.train()
     net, totals, lambda_c = getattr(model, "module", model), {}, args.lambda_c
     device, (classes, contexts) = net.bias.device, labels
-    batches = zip(*map(endless, loaders), range(steps), strict=False)
-    for *batch, _ in tqdm(batches, total=steps, leave=False, disable=None):
+    batches = zip(range(steps), *map(endless, loaders), strict=False)
+    for _, *batch in tqdm(batches, total=steps, leave=False, disable=None):
         images, _, index = (torch.cat(v) for v in zip(*batch, strict=True))
         n, y, g = len(batch[0][2]), classes[index].to(device), contexts[index].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -340,20 +343,20 @@ def main() -> None:
         return common.predict(lambda x: net.eval()(x)[0], net, args, state)
 
     classes, train, test, y, about = common.load_task(args, state, "cbsa", common.hide_images)
+    test_data = common.ImageDataset(*test, common.make_transform(args.size))
+    test_loader = common.make_loader(test_data, args)
+    if args.eval:
+        net = build(args, classes, state["contexts"]).to(device)
+        common.load_weights(net, state["teacher"])
+        return common.report(args, classes, test[1], evaluate(net, test_loader, test[1], bf16)[1])
+
     labelled, known, truth = (y != 0).any(1), torch.tensor(y), torch.tensor(train[1])
     cluster = find_contexts(y[labelled], args.contexts)
     member = F.one_hot(torch.tensor(cluster).long()).float()  # (C, G)
     net = build(args, classes, member.shape[1]).to(device, memory_format=torch.channels_last)
     teacher = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-    test_data = common.ImageDataset(*test, common.make_transform(args.size))
-    test_loader = common.make_loader(test_data, args)
-    if args.eval:
-        common.load_weights(net, state["teacher"])
-        return common.report(args, classes, test[1], evaluate(net, test_loader, test[1], bf16)[1])
-
     lab, unl = (torch.tensor(np.flatnonzero(part)) for part in (labelled, ~labelled))
-    parts = [lab] if args.no_unlabelled or not len(unl) else [lab, unl]
-    loaders, weak_loader = make_loaders(args, train[0], y, parts)
+    loaders, weak_loader = make_loaders(args, train[0], y, [lab, unl] if len(unl) else [lab])
     steps, rates = max(map(len, loaders)), [args.lr, args.head_lr]
     tower = [p for p in net.visual.parameters() if p.requires_grad]
     head = [net.scale, net.bias, *net.context.parameters()]
@@ -376,9 +379,9 @@ def main() -> None:
         run.add(dict(epoch=0, mAP=zero_shot[True], mAP_label_specific=zero_shot[False]))
     model = common.parallel(net, device, args.compile)
     for epoch in range(run.start, args.epochs + 1):
-        run.begin(epoch, *loaders)
+        alone = epoch <= min(args.warm_up, args.epochs - 1) or args.no_unlabelled or not len(unl)
+        run.begin(epoch, *loaders[: 2 - alone])
         labels = [known.clone(), context_labels(known, member)]
-        alone = epoch <= min(args.warm_up, args.epochs - 1) or len(parts) == 1
         guess = lambda x: teacher.module.eval()(x)[:2]  # noqa: E731
         guesses = () if alone else common.outputs(guess, weak_loader, device, bf16)
         for label, score in zip(labels, guesses, strict=False):

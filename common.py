@@ -23,6 +23,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from xml.etree import ElementTree
@@ -41,20 +42,19 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.utils import draw_bounding_boxes, save_image
 from tqdm import tqdm
 
-RANK, PROCESSES = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK, PROCESSES = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 
 
 class InputError(ValueError):
     """Something the user gave is wrong; the text is one line that names it and says what to do."""
 
 
-def refuse(message: str) -> None:
-    """argparse's `error` method: one line, no usage."""
+def refuse(message: str) -> None:  # as argparse's `error` method: one line, no usage
     raise InputError(f"{message}; --help lists the arguments")
 
 
 def need(condition: object, message: str) -> None:
-    """Raise an InputError of that message unless the condition holds."""
     if not condition:
         raise InputError(message)
 
@@ -95,10 +95,11 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with naming(f"--device {name} cannot be used; try cpu"):
         if name.startswith("cuda"):
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", name[5:] or 0)))
+            name = f"cuda:{TORCHRUN.get('LOCAL_RANK', name[5:] or 0)}"
+            torch.cuda.set_device(name)
         device = torch.zeros(1, device=name).device
     if PROCESSES > 1:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        distributed.init_process_group(timeout=timedelta(hours=2))  # for downloads
     if RANK:
         sys.stdout = open(os.devnull, "w")
     return device
@@ -130,8 +131,8 @@ def hide_entries(y: np.ndarray, known: float, seed: int) -> np.ndarray:
 
 
 def hide_images(y: np.ndarray, known: float, seed: int) -> np.ndarray:
-    """Hide all labels of the images not in RandomState(seed).permutation(n)[: int(known * n)].
-    Arguments and result as `hide_entries`. The semi-supervised protocol; the field's seed is 1."""
+    """As `hide_entries`, all labels of an image; RandomState(seed).permutation(n)[:int(known * n)]
+    keep theirs. The semi-supervised protocol; the field's seed is 1."""
     kept = np.random.RandomState(seed).permutation(len(y))[: int(known * len(y))]
     return np.where(np.isin(np.arange(len(y)), kept)[:, None], y, 0).astype(np.int8)
 
@@ -201,8 +202,7 @@ def download(name: str, root: str | None, source: str) -> None:
 
 
 def read(path: Path) -> str:
-    """The text of a file; `load_data` names the one read last when it cannot be used."""
-    read.path = path
+    read.path = path  # load_data names it when it cannot be used
     return path.read_text(encoding="utf-8-sig")  # Excel begins a csv with a BOM
 
 
@@ -357,13 +357,12 @@ def open_image(item: str | np.ndarray, decode: bool = True) -> Image.Image:
 
 def make_transform(size: int, crops: Sequence[int] = ()) -> v2.Transform:
     """PIL image -> uint8 (3, size, size), bicubic, the aspect not kept. With `crops`: resize to
-    512, random square crop, resize to 448, flip; the numbers are those of size 448 (SST,
-    "Implementation Details") and scale with it."""
+    512, random crop, resize to 448, flip (SST, "Implementation Details"), all times size / 448."""
     full, bicubic = round(512 * size / 448), InterpolationMode.BICUBIC
     steps = [v2.Resize((size, size), bicubic), v2.ToImage()]
     if crops:
         crop = v2.RandomChoice([v2.RandomCrop(min(full, round(c * size / 448))) for c in crops])
-        steps = [v2.Resize((full, full), bicubic), crop, v2.RandomHorizontalFlip(), *steps]
+        steps[:1] = v2.Resize((full, full), bicubic), crop, steps[0], v2.RandomHorizontalFlip()
     return v2.Compose(steps)
 
 
@@ -434,9 +433,8 @@ def average_precision(logits: np.ndarray, y: np.ndarray, interpolated: bool = Fa
 
 def multilabel_metrics(logits: np.ndarray, y: np.ndarray) -> dict:
     """Percentages from logits (images, C), float32, and y in {1, 0, -1}; 0 counts nowhere.
-    `mAP` non-interpolated, `mAP_interp` interpolated, over classes with a positive, which
-    `empty_classes` have not. OP OR OF1 over all entries, CP CR CF1 over classes, at p >= 0.5, and
-    `_top3` for those of an image's 3 highest scores that reach it too."""
+    mAP non-interpolated, mAP_interp interpolated, over all but the empty_classes; OP OR OF1 over
+    entries, CP CR CF1 over classes, at p >= 0.5, _top3 of an image's 3 highest scores only."""
     need(np.isfinite(logits).all(), "a score is not finite: training diverged; lower --lr")
     truth, shown, result = y == 1, (y == 1).any(0), {}
     for name, interpolated in (("mAP", False), ("mAP_interp", True)):
@@ -487,10 +485,11 @@ def check_args(args: Namespace, above_zero: str = "") -> Namespace:
     """Returns args; no number may be negative, nor 0 where that makes no sense or in above_zero."""
     for name, value in vars(args).items():
         positive = name in f"known size epochs batch_size lr limit {above_zero}".split()
-        low, high = "above" if positive else "at least", 2**32 - 1 if name != "known" else 1
+        high = 1 if name in ("known", "ema") else 2**32 - 1
         if isinstance(value, int | float):
-            fits = 0 <= value <= high and (value or not positive)
-            need(fits, f"--{name.replace('_', '-')} {value} must be {low} 0 and at most {high}")
+            low, fits = "above" if positive else "at least", 0 <= value <= high
+            rule = f"must be {low} 0 and at most {high}"
+            need(fits and (value or not positive), f"--{name.replace('_', '-')} {value} {rule}")
     wanted = not (args.eval or args.predict) or args.resume not in (None, "auto")
     need(wanted, "--eval and --predict need --resume PATH, the last.pt of a run")
     if args.dry_run:
@@ -508,7 +507,7 @@ def load_checkpoint(args: Namespace, method: str) -> dict | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         need(state["method"] == method, f"it was written by {state['method']}.py")
         once = dict(eval=False, predict=None, dry_run=False, download=False, weights="none")
-        state["args"] |= once | dict(resume=args.resume, out=str(Path(path).parent))
+        state["args"] = state["args"] | once | dict(resume=args.resume, out=str(Path(path).parent))
     return state
 
 
@@ -526,9 +525,10 @@ def load_task(args: Namespace, state: dict | None, method: str, hide: Callable) 
     y = hide(train[1], args.known, args.mask_seed)
     need(args.eval or y.any(), f"--known {args.known} leaves none of {y.size} labels known")
     about = dict(method=method, classes=classes, data=args.data, mask=mask_hash(y))
+    about |= {name: getattr(args, name) for name in ("epochs", "lr", "batch_size")}
     for name in (["classes"] if args.eval else about) if state else ():
         was = f"--resume: {name} was {state[name]} and is {about[name]} now"
-        need(state[name] == about[name], f"{was}; give --data, --known ... of that run, or none")
+        need(state[name] == about[name], f"{was}; give what that run was started with, or nothing")
     return classes, train, test, y, about
 
 
@@ -539,8 +539,8 @@ class Run:
     def __init__(self, args: Namespace, about: dict, state: dict | None, **saved) -> None:
         free = (f"runs/{about['method']}-{about['data']}-{n}" for n in count(1))
         self.out = Path(args.out or next(path for path in free if not Path(path).exists()))
-        own = state and self.out.resolve() == Path(state["args"]["out"]).resolve()
-        free = own or not (self.out / "last.pt").exists()
+        last, resume = self.out / "last.pt", args.resume
+        free = not last.exists() or resume == "auto" or (resume and last.samefile(resume))
         need(free, f"--out {self.out} holds a run; add --resume auto, or choose another")
         self.args, self.about, self.saved = args, about, saved
         self.device = device = next(saved["model"].parameters()).device
@@ -558,28 +558,27 @@ class Run:
     def begin(self, epoch: int, *loaders: DataLoader) -> None:
         """Seed order and augmentation with (seed, epoch): a resumed run repeats the epoch."""
         self.entry = dict(epoch=epoch, lr=self.saved["optimizer"].param_groups[0]["lr"])
-        self.time, self.images = time.time(), sum(len(loader.dataset) for loader in loaders)
+        steps, size = max(map(len, loaders)), sum(loader.batch_size for loader in loaders)
+        self.time, self.images = time.time(), steps * size * PROCESSES
         torch.manual_seed(hash((self.args.seed, epoch, RANK)) % 2**63)
         for loader in loaders if PROCESSES > 1 else ():
             loader.sampler.set_epoch(hash((self.args.seed, epoch)) % 2**31)
 
     def end(self, entry: dict, **more) -> None:
         """Print and log an epoch and save a checkpoint with `more` in it."""
-        seconds = time.time() - self.time
-        entry = self.entry | dict(seconds=seconds, images_per_second=self.images / seconds) | entry
-        if self.device.type == "cuda":
-            entry["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        self.add(entry)
+        seconds, cuda = time.time() - self.time, self.device.type == "cuda"
+        entry |= dict(seconds=seconds, images_per_second=self.images / seconds)
+        entry["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+        self.add(self.entry | entry)
         state = {name: item.state_dict() for name, item in self.saved.items()} | more | self.about
-        state |= dict(epoch=entry["epoch"], args=vars(self.args), log=self.log)
+        state |= self.entry | dict(args=vars(self.args), log=self.log)
         if not self.silent:
             content = io.BytesIO()
             torch.save(state, content)
             write_whole(self.out / "last.pt", content.getbuffer())
 
     def add(self, entry: dict) -> None:
-        """Print and log an entry; JSON knows no NaN."""
-        self.log.append({name: None if x != x else x for name, x in entry.items()})
+            self.log.append({name: None if x != x else x for name, x in entry.items()})
         shown = "epoch loss mAP mAP_interp OF1 CF1 pseudo_per_image pseudo_precision seconds"
         known = (name for name in shown.split() if self.log[-1].get(name) is not None)
         print("  ".join(f"{name} {entry[name]:.4g}" for name in known), flush=True)
@@ -637,7 +636,8 @@ def report(args: Namespace, classes: Sequence[str], y: np.ndarray, logits: Tenso
     by_class = zip(classes, average_precision(logits.numpy(), y), strict=True)
     for name, value in [*multilabel_metrics(logits.numpy(), y).items(), *by_class]:
         print(f"{name}: {value:.2f}")
-    np.savez(Path(args.out) / "predictions.npz", logits=logits, labels=y, classes=classes)
+    if RANK == 0:
+        np.savez(Path(args.out) / "predictions.npz", logits=logits, labels=y, classes=classes)
 
 
 @torch.no_grad()

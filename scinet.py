@@ -168,12 +168,12 @@ class SCINet(nn.Module):
     def forward(self, images: Tensor, text: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             f, z = common.clip_features(self.visual, images)  # (B, D), (B, N, D)
-        t = self.prompt() if text is None else text  # (C, D)
-        text_dominant = text_dominant_scores(f, t, self.up(self.down(f)))
-        visual_dominant = visual_dominant_scores(f, t, z, self.beta, self.tau)
-        # our reading: p_ic = sigma(gamma / 2 [<f_i, t_ic> + <f_ic, t_c>] + bias)
-        logits = self.gamma / 2 * (text_dominant + visual_dominant) + self.bias
-        return logits.float(), f
+        with torch.autocast(f.device.type, enabled=False):  # only the tower runs in bf16
+            t = self.prompt() if text is None else text  # (C, D)
+            text_dominant = text_dominant_scores(f, t, self.up(self.down(f)))
+            visual_dominant = visual_dominant_scores(f, t, z, self.beta, self.tau)
+            # our reading: p_ic = sigma(gamma / 2 [<f_i, t_ic> + <f_ic, t_c>] + bias)
+            return self.gamma / 2 * (text_dominant + visual_dominant) + self.bias, f
 
 
 # ------------------------------------------------------------------------------------------ losses
@@ -213,7 +213,7 @@ def instance_graph(f: Tensor, neighbours: int, sigma: float) -> Tensor:
     w = kneighbors_graph(f.numpy(), neighbours, mode="distance", n_jobs=-1)
     w.data = np.exp(-(w.data**2) / (2 * sigma**2))
     w = (w + w.T) / 2
-    scale = np.maximum(np.asarray(w.sum(1)), 1e-30) ** -0.5  # (n, 1)
+    scale = np.maximum(np.asarray(w.sum(1)), 1e-30).reshape(-1, 1) ** -0.5
     w = w.multiply(scale).multiply(scale.T).tocsr()
     return torch.sparse_csr_tensor(w.indptr, w.indices, w.data.astype("f"), w.shape)
 

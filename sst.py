@@ -14,8 +14,8 @@ Measured: MEASURED
 
 Differs from the paper:
  1. Eq. 2 averages over the known positives: five times 0.2 would pass any threshold.
- 2. Eq. 4 has its minus sign and max(p - m, 0). Its negatives are pairs with both labels known
-    (--pairs all for every pair that is not positive, unknown ones too).
+ 2. Eq. 4 has its minus sign, and max(p - m, 0) also in the logarithm. Its negatives are pairs
+    with both labels known (--pairs all for every pair that is not positive, unknown ones too).
  3. Eq. 6 keeps the mean unit feature of a class from the last epoch: the mean of the cosines.
  4. Eq. 7-8 take known labels only and average (+,+) pairs and the rest apart: the rare (+,+) would
     drown. Every loss is a mean, so the toy recipe has its own lambdas.
@@ -25,7 +25,7 @@ Differs from the paper:
 
 from __future__ import annotations
 
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, BooleanOptionalAction, Namespace
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, dict | None]:
     add("--arch", help="toy, or a torchvision classifier with a spatial trunk")
     add("--weights", default="default", help="default (ImageNet V1), none, or a state dict")
     add("--train-trunk", choices=("last", "all", "none"), default="last", help="stages trained")
-    add("--frozen-bn", action="store_true", help="batch norms of the trunk keep their statistics")
+    add("--frozen-bn", action=BooleanOptionalAction, help="trunk's batch norms keep statistics")
     add("--size", type=int, help="side of the square input in pixels")
     add("--pool", type=int, help="side of the squares of the map that are averaged")
     add("--width", type=int, help="D, width of the class features")
@@ -179,7 +179,7 @@ class PairNet(nn.Module):
         # W [f_i, f_j] = W_left f_i + W_right f_j: two products per class, not one per pair
         left, right = self.first.weight.chunk(2, dim=1)
         a, b = F.linear(f, left, self.first.bias), F.linear(f, right)  # (B, C, hidden)
-        # Eq. 1: p_ij = phi_intra([f_i, f_j]) before its sigmoid; a[:, i] would not be bit-stable
+        # Eq. 1: p_ij = phi_intra([f_i, f_j]) before its sigmoid; a[:, i] is not bit-stable on CPU
         i, j = self.pairs
         p = self.rest(a.index_select(1, i) + b.index_select(1, j)).squeeze(-1)  # (B, pairs)
         matrix = p.new_zeros(len(f), f.shape[1], f.shape[1])
@@ -312,7 +312,7 @@ def train_one_epoch(model, loader, optimizer, prototypes, truth, epoch, args):
         images, y = images.to(device, non_blocking=True), y.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             f, logits, pair_logits = model(images)  # (B, C, D), (B, C), (B, C, C)
-        # Eq. 10: L_cls is the loss on the known labels plus that on either completed set
+        # Eq. 10: L_cls is the loss on the known labels, and below on either completed set
         y_intra, y_cross, loss_cls = y, y, partial_bce(logits, y)
         loss_ist = loss_cst = torch.zeros_like(loss_cls)
         if not args.no_ist:
@@ -349,10 +349,9 @@ def evaluate(net, loader, y, bf16: bool) -> tuple[dict, Tensor]:
 # -------------------------------------------------------------------------------------------- main
 
 
-def build(args: Namespace, classes: list[str], adjacency: Tensor) -> SST:
+def build(args: Namespace, classes: list[str], adjacency: Tensor, fresh: bool = False) -> SST:
     C, D, trunk = len(classes), args.width, build_trunk(args.arch, args.weights, args.train_trunk)
-    named = args.glove and not (args.eval or args.predict)  # then they come with the checkpoint
-    words = read_glove(args.glove, classes) if named else torch.randn(C, 300)
+    words = read_glove(args.glove, classes) if args.glove and fresh else torch.randn(C, 300)
     sarl, graph = SemanticDecoupling(words, D, not args.glove), GatedGraph(adjacency, D)
     pairs = None if args.no_ist or args.stat_cooc else PairNet(C, D, args.hidden)
     return SST(trunk, sarl, graph, pairs, args.pool, args.frozen_bn)
@@ -367,7 +366,7 @@ def main() -> None:
         return common.predict(lambda x: net.eval()(x)[1], net, args, state)
 
     classes, train, test, y, about = common.load_task(args, state, "sst", common.hide_entries)
-    net = build(args, classes, cooccurrence(torch.tensor(y)))
+    net = build(args, classes, cooccurrence(torch.tensor(y)), fresh=not state)
     net.to(device, memory_format=torch.channels_last)
     views = common.make_transform(args.size), common.make_transform(args.size, args.crops)
     test_loader = common.make_loader(common.ImageDataset(*test, views[0]), args)

@@ -329,7 +329,7 @@ def test_batches_are_half_labelled_and_pass_over_the_larger_part(monkeypatch, tm
     for epoch, seen in enumerate(batches(monkeypatch, tmp_path / "run"), start=1):
         labelled = [index for known, index in seen if known]
         others = [index for known, index in seen if not known]
-        assert len(labelled) >= 3 and all(len(i) == 8 and set(i) <= kept for i in labelled)
+        assert len(labelled) == 3 and all(len(i) == 8 and set(i) <= kept for i in labelled)
         if epoch == 1:  # the warm-up
             assert not others
         else:
@@ -341,6 +341,7 @@ def test_supervised_only_never_sees_an_unlabelled_image(monkeypatch, tmp_path):
     seen = batches(monkeypatch, tmp_path / "run", "--no-unlabelled")
     kept = set(np.random.RandomState(1).permutation(40)[:12].tolist())
     assert all(known for epoch in seen for known, _ in epoch)
+    assert [len(epoch) for epoch in seen] == [3, 3, 3]  # as many steps as with the unlabelled
     assert {i for epoch in seen for _, index in epoch for i in index} == kept
 
 

