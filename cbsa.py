@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, dict | None]:
     add("--predict", nargs="+", metavar="IMAGE", help="only predict these, with --resume PATH")
     add = parser.add_argument_group("method").add_argument
     add("--arch", help="a CLIP ResNet of open_clip, hf-hub:ORG/NAME or local-dir:FOLDER")
-    add("--weights", default="default", help="default (OpenAI's), none, or a file for open_clip")
+    add("--weights", default="default", help="default (OpenAI's, the folder's), none, or a file")
     add("--train-trunk", choices=("last", "all"), default="last", help="stages trained")
     add("--size", type=int, help="side of the square input in pixels, a multiple of 32")
     add("--whole-image", action="store_true", help="one feature for all labels: CLIP's own")
@@ -128,7 +128,7 @@ class CBSA(nn.Module):
     """images (B, 3, H, W) uint8 -> logits (B, C), context logits (B, G), attention (B, C, N).
 
     visual: CLIP's image tower. where and what (C, D): unit text features of the two prompts. scale:
-    CLIP's. All outputs in float32.
+    CLIP's.
     """
 
     def __init__(

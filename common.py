@@ -571,14 +571,14 @@ class Run:
         entry["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
         self.add(self.entry | entry)
         state = {name: item.state_dict() for name, item in self.saved.items()} | more | self.about
-        state |= self.entry | dict(args=vars(self.args), log=self.log)
+        state |= dict(epoch=self.entry["epoch"], args=vars(self.args), log=self.log)
         if not self.silent:
             content = io.BytesIO()
             torch.save(state, content)
             write_whole(self.out / "last.pt", content.getbuffer())
 
     def add(self, entry: dict) -> None:
-            self.log.append({name: None if x != x else x for name, x in entry.items()})
+        self.log.append({k: None if x != x else x for k, x in entry.items()})  # JSON knows no NaN
         shown = "epoch loss mAP mAP_interp OF1 CF1 pseudo_per_image pseudo_precision seconds"
         known = (name for name in shown.split() if self.log[-1].get(name) is not None)
         print("  ".join(f"{name} {entry[name]:.4g}" for name in known), flush=True)

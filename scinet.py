@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, dict | None]:
     add("--predict", nargs="+", metavar="IMAGE", help="only predict these, with --resume PATH")
     add = parser.add_argument_group("method").add_argument
     add("--arch", help="a CLIP ResNet of open_clip, hf-hub:ORG/NAME or local-dir:FOLDER")
-    add("--weights", default="default", help="default (OpenAI's), none, or a file for open_clip")
+    add("--weights", default="default", help="default (OpenAI's, the folder's), none, or a file")
     add("--size", type=int, help="side of the square input in pixels, a multiple of 32")
     add("--no-text-dominant", action="store_true", help="images do not change the text features")
     add("--no-visual-dominant", action="store_true", help="texts do not change the image feature")

@@ -10,17 +10,19 @@ Run:  python sst.py                            toy world, 10 % known
       python sst.py --no-ist --no-cst          the baseline, SSGRL
       python sst.py --data coco --root DIR --known 0.5 --glove glove.6B.300d.txt
 
-Measured: MEASURED
+Measured: toy world, three seeds, mAP of the last epoch: 78.1 ± 1.0 at 10 % known, 83.3 ± 0.6 at
+30 %, 85.4 ± 0.5 at 50 %; SSGRL 76.1 ± 1.0, 81.4 ± 0.8, 84.0 ± 0.3.
 
 Differs from the paper:
  1. Eq. 2 averages over the known positives: five times 0.2 would pass any threshold.
  2. Eq. 4 has its minus sign, and max(p - m, 0) also in the logarithm. Its negatives are pairs
     with both labels known (--pairs all for every pair that is not positive, unknown ones too).
  3. Eq. 6 keeps the mean unit feature of a class from the last epoch: the mean of the cosines.
- 4. Eq. 7-8 take known labels only and average (+,+) pairs and the rest apart: the rare (+,+) would
-    drown. Every loss is a mean, so the toy recipe has its own lambdas.
- 5. SSGRL's two linear maps after the tanh are one, the graph's cell is a GRU cell, phi_intra has
-    one output layer for all pairs, and P(j|i) is over the images where j is known. No "w/ SAM".
+ 4. Eq. 7-8 take known labels only; the means over (+,+) pairs and over the rest are two: the rare
+    (+,+) would drown. Every loss is a mean.
+ 5. SSGRL's two linear maps after the tanh are one, the graph's cell is a GRU cell, phi_intra takes
+    2D numbers, and only for i < j; P(j|i) is over the images where j is known. The map is averaged
+    over 2 x 2 squares (--pool), as in the authors' code. No "w/ SAM", no VG-200.
 """
 
 from __future__ import annotations
