@@ -354,9 +354,9 @@ def evaluate(net, loader, y, bf16: bool) -> tuple[dict, Tensor]:
 def build(args: Namespace, classes: list[str], adjacency: Tensor, fresh: bool = False) -> SST:
     C, D, trunk = len(classes), args.width, build_trunk(args.arch, args.weights, args.train_trunk)
     words = read_glove(args.glove, classes) if args.glove and fresh else torch.randn(C, 300)
-    sarl, graph = SemanticDecoupling(words, D, not args.glove), GatedGraph(adjacency, D)
+    sarl = SemanticDecoupling(words, D, not args.glove)
     pairs = None if args.no_ist or args.stat_cooc else PairNet(C, D, args.hidden)
-    return SST(trunk, sarl, graph, pairs, args.pool, args.frozen_bn)
+    return SST(trunk, sarl, GatedGraph(adjacency, D), pairs, args.pool, args.frozen_bn)
 
 
 def main() -> None:

@@ -55,6 +55,7 @@ def serve(name: str, arguments: list[str], folder: str, where=None, act=None, li
     is called; `limit` is the size in bytes that files can grow to.
     """
     multiprocessing.set_start_method("fork", force=True)  # for the loaders' workers, as usual
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the back
     os.chdir(folder)
     sys.argv = [f"{name}.py", *arguments]
     sys.stdout, sys.stderr = open("stdout", "a"), open("stderr", "a")

@@ -140,7 +140,8 @@ def test_the_program_ends_from_the_shell_too(kind, tmp_path):
     """As above, for an interpreter that finishes as usual, and a signal to all its processes."""
     (where, function, number), _, status, word = ERRORS[kind]
     act = "served.unreadable" if kind == "image" else "lambda: os.killpg(0, 2)"
-    lines = "import os; from tests import served; import sst, common; served.small_world()"
+    lines = "import os, signal; from tests import served; import sst, common; served.small_world()"
+    lines += "; signal.signal(signal.SIGINT, signal.default_int_handler)"
     lines += f"; served.at_call({where}, {function!r}, {number}, {act})"
     (tmp_path / "runner.py").write_text(f"{lines}; common.run_script(sst.main)\n")
     command = [sys.executable, "runner.py", *RUN, "--workers", "2"]
