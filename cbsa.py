@@ -17,7 +17,8 @@ Run:  python cbsa.py                                               toy world, 5 
       python cbsa.py --no-unlabelled                               the baseline, supervised only
       python cbsa.py --data coco --root DIR --known 0.05           OpenAI's CLIP, fetched once
 
-Measured: MEASURED
+Measured: toy world, three seeds, mAP of the last epoch: 94.2 ± 0.3 with 5 % of the images known,
+supervised only 94.3 ± 0.4; zero-shot 72.4, with label-specific features 88.2.
 
 Differs from the paper, as far as can be known:
  1. "Where" and "what" have a prompt each (--one-prompt for one): the region showing a {class}

@@ -16,13 +16,13 @@ Run:  python scinet.py                                             toy world, 10
       python scinet.py --no-augment                                the baseline, known labels only
       python scinet.py --data coco --root DIR --known 0.1          OpenAI's CLIP, fetched once
 
-Measured: MEASURED
+Measured: toy world, three seeds, mAP of the last epoch: 85.1 ± 0.5 at 10 % known, 86.1 ± 0.1 at
+30 %, 86.6 ± 0.1 at 50 %; known labels only 85.1 ± 0.4, 86.0 ± 0.1, 86.4 ± 0.1; zero-shot 72.4.
 
 Differs from the paper, as far as can be known:
  1. lambda_n and lambda_q: see the README for both choices measured.
- 2. Pearson's coefficients are of the known labels; those of the text features lower the result.
- 3. Thresholds are never under 1/2; what passes teaches with its probability, not as 0 or 1: on the
-    toy world hard targets end below the known labels alone.
+ 2. Pearson's coefficients are of the known labels.
+ 3. Thresholds are never under 1/2; what passes teaches with its probability, not as 0 or 1.
  4. The easier view is always the teacher.
 """
 
