@@ -324,7 +324,7 @@ def build(args: Namespace, classes: list[str], num_contexts: int) -> CBSA:
     return CBSA(clip.visual, where, what, scale, num_contexts, args.tau, args.whole_image)
 
 
-def make_loaders(args: Namespace, images, y: np.ndarray, parts: list[Tensor]) -> list:
+def make_loaders(args: Namespace, images, y: np.ndarray, parts: list[Tensor]) -> tuple:
     """A loader of strong views for each of `parts`, rows of images and y; one of all weak views."""
     weak = common.make_transform(args.size, args.crops)
     erase = v2.RandomErasing(0.5, (0.02, args.erase))
