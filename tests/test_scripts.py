@@ -209,6 +209,7 @@ OWN_BAD = {
     "sst": [
         ("--pairs nosuch", "nosuch"),
         ("--pool 0", "--pool"),
+        ("--batch-size 1 --limit 48 --weights none", "--batch-size must be 2"),
         ("--arch vit_b_16 --weights none", "spatial"),
         ("--glove nowhere.txt --weights none", "nowhere.txt"),
     ],

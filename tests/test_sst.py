@@ -303,6 +303,15 @@ def test_glove_vectors_are_means_over_words(tmp_path):
         sst.read_glove(str(path), ["diningtable", "tvmonitor"])
 
 
+def test_a_run_without_word_vectors_says_so(capsys):
+    flags = "--data coco --arch resnet18 --weights none --size 64 --width 8"
+    args = sst.parse_args(flags.split())[0]
+    for fresh, lines in ((True, 1), (False, 0)):
+        sst.build(args, ["cat", "dog"], torch.zeros(2, 2), fresh)
+        error = capsys.readouterr().err
+        assert error.count("\n") == lines and ("--glove" in error) == fresh
+
+
 def test_word_vectors_are_learned_without_decay(monkeypatch, tmp_path):
     groups, adam = [], torch.optim.Adam
     record = lambda g, *more, **options: groups.extend(g) or adam(g, *more, **options)  # noqa: E731
@@ -356,8 +365,9 @@ def test_class_without_known_positive_stays_harmless():
     assert (state["prototypes"][3] == 0).all()
 
 
-def test_prototypes_are_the_mean_unit_features_of_known_positives(monkeypatch):
-    args, train, net = tiny_run("--limit 32 --batch-size 8")
+@pytest.mark.parametrize("shrink", [0, 5])
+def test_prototypes_are_the_mean_unit_features_of_known_positives(monkeypatch, shrink):
+    args, train, net = tiny_run(f"--limit 32 --batch-size 8 --shrink {shrink}")
     y = common.hide_entries(train[1], 0.5, 0)
     seen, original = [], sst.cross_pseudo_labels
 
@@ -371,6 +381,7 @@ def test_prototypes_are_the_mean_unit_features_of_known_positives(monkeypatch):
         for steps, prototype in ((seen[:4], seen[4][2]), (seen[4:], state["prototypes"])):
             bank = [f[n, c] / f[n, c].norm() for f, v, _ in steps for n in range(8) if v[n, c] == 1]
             expected = torch.stack(bank).mean(0) if bank else torch.zeros(args.width)
+            expected = expected * len(bank) / max(len(bank) + shrink, 1)
             torch.testing.assert_close(prototype[c], expected)
 
 

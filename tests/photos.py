@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: MIT
+"""Runs a script on real photographs on a CPU: the frozen trunk sees each view of an image once.
+
+    python tests/photos.py CACHE [--images 3000] [--held-out 1000] [--views 4] sst.py ARGUMENTS...
+
+The script runs as it is, on the first IMAGES training images, with one difference: what its frozen
+trunk makes of an image is looked up in CACHE, where VIEWS random views of every image, by the
+script's own transform, were put the first time they were wanted. The test images are those of the
+data set or, to choose a setting, the last HELD_OUT training images.
+"""
+
+import hashlib
+import importlib
+import json
+import sys
+from argparse import REMAINDER, ArgumentParser
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
+
+normalise = common.normalise
+# what two cores can do: a MobileNetV2's map of 5 x 5 positions, narrow heads
+RECIPES = dict(
+    sst=dict(
+        arch="mobilenet_v2", size=160, width=128, hidden=(64, 64), workers=0, train_trunk="none",
+    ),
+)  # fmt: skip
+
+
+class Views(Dataset):
+    """As `common.ImageDataset`, with maps (channels, h, w) of a trunk in the place of views."""
+
+    cache, number, trunk, key = Path(), 4, None, ""  # set by main()
+
+    def __init__(self, images, y: np.ndarray, *transforms) -> None:
+        self.y, self.maps = torch.as_tensor(y), [self.load(images, t) for t in transforms]
+
+    @classmethod
+    def load(cls, images, transform) -> np.ndarray:
+        """(images, views, channels, h, w) in half precision."""
+        views = cls.number if "Random" in repr(transform) else 1
+        key = repr((cls.key, [Path(image).name for image in images], transform, views))
+        path = cls.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
+        if not path.exists():
+            made = [cls.make(images, transform, seed) for seed in range(views)]
+            with open(path.with_suffix(".tmp"), "wb") as file:
+                np.save(file, np.stack(made, axis=1))
+            path.with_suffix(".tmp").rename(path)
+        return np.load(path, mmap_mode="r")
+
+    @classmethod
+    @torch.no_grad()
+    def make(cls, images, transform, seed: int) -> np.ndarray:
+        torch.manual_seed(seed)
+        data = Pictures(images, np.zeros(len(images)), transform)
+        loader = DataLoader(data, 50, num_workers=1)
+        return np.concatenate([cls.trunk(x).half().numpy() for x, *_ in tqdm(loader, "views")])
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, i: int) -> tuple:
+        chosen = (maps[i, torch.randint(maps.shape[1], ()).item()] for maps in self.maps)
+        return *(torch.tensor(x) for x in chosen), self.y[i], i
+
+
+Pictures = common.ImageDataset
+
+
+def split(load, images: int, held_out: int):
+    def load_data(*args) -> tuple:
+        classes, (paths, y), test = load(*args)
+        if held_out:
+            test = paths[-held_out:], y[-held_out:]
+        return classes, (paths[:images], y[:images]), test
+
+    return load_data
+
+
+def as_float(x: Tensor, *mean_and_std) -> Tensor:
+    return x.float()
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("--images", type=int, default=3000)
+    parser.add_argument("--held-out", type=int, default=0)
+    parser.add_argument("--views", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--recipe", default="{}", help="JSON, what else of the recipe changes")
+    parser.add_argument("script")
+    parser.add_argument("arguments", nargs=REMAINDER)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.cache.mkdir(parents=True, exist_ok=True)
+    method = Path(args.script).stem
+    script = importlib.import_module(method)
+    Views.cache, Views.number = args.cache, args.views
+    sys.argv = [args.script, "--data", "coco", *args.arguments]
+    recipe = script.RECIPES.get("coco", script.RECIPES["real"]) | RECIPES[method]
+    script.RECIPES["coco"] = recipe | json.loads(args.recipe)
+
+    def look_up(arch: str, weights: str, learns: str) -> tuple:
+        frozen, trained, channels = build_trunk(arch, weights, "none")
+        Views.key, Views.trunk = f"{arch} {weights}", lambda x: frozen(normalise(x))
+        return nn.Identity(), trained, channels
+
+    build_trunk = getattr(script, "build_trunk", None)
+    changes = dict(
+        ImageDataset=Views, normalise=as_float, test_cells=lambda *_: [],
+        load_data=split(common.load_data, args.images, args.held_out),
+    )  # fmt: skip
+    with patch.multiple(common, **changes), patch.object(script, "build_trunk", look_up):
+        common.run_script(script.main)
+
+
+if __name__ == "__main__":
+    main()
