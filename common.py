@@ -24,17 +24,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import count
+from itertools import count, dropwhile
 from pathlib import Path
 from xml.etree import ElementTree
+from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 import open_clip
 import torch
 from PIL import Image, ImageOps
 from sklearn.metrics import precision_recall_curve
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, distributed, nn
-from torch.nn.functional import interpolate, normalize, scaled_dot_product_attention
+from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.datasets import VOCDetection
 from torchvision.datasets.utils import download_and_extract_archive
@@ -73,7 +75,8 @@ def run_script(main: Callable[[], None]) -> None:
     """Call `main`; what a person can correct becomes one line on stderr and exit status 2, Ctrl-C
     a line and 130. Anything else is a mistake in the code and keeps its traceback."""
     logging.disable(logging.ERROR)  # open_clip warns of each tower without weights
-    for words in (dict(module=r"torch\."), dict(message="Sparse")):  # of what torch does inside
+    inside = r"(torch|timm|open_clip)\."
+    for words in (dict(module=inside), dict(message="Sparse")):
         warnings.filterwarnings("ignore", **words)
     try:
         main()
@@ -288,45 +291,79 @@ DATASETS = {  # name: tree under --root; root -> classes, train, test rows; offi
 
 
 def load_clip(arch: str, weights: str, size: int) -> tuple[nn.Module, Callable]:
-    """open_clip's CLIP with a ResNet tower for images of `size` pixels, and its tokenizer. arch: a
-    name of open_clip, hf-hub:ORG/NAME, or local-dir:FOLDER, looked for here and beside this file;
-    weights: "default" (OpenAI's, or the folder's), "none" or a path."""
+    """open_clip's CLIP for images of `size` pixels, and its tokenizer. arch: a name of open_clip,
+    hf-hub:ORG/NAME, or local-dir:FOLDER, looked for here and beside this file. weights: "default"
+    (OpenAI's, or the folder's), "none", a tag of open_clip, or a file. OpenAI's need QuickGELU; in
+    a file they are known as theirs only as TorchScript, not once converted."""
     scheme, colon, folder = arch.partition(":")
     if scheme == "local-dir" and not Path(folder).exists():
         arch = scheme + colon + str(Path(__file__).parent / folder)
-    default, named = weights == "default", not colon
+    tag = {"default": "openai", "none": ""}.get(weights, weights)
     hint = "try RN50-quickgelu or, offline, local-dir:tests/toy_clip with --size 128"
     with naming(f"--arch {arch} --weights {weights} --size {size} cannot be used; {hint}"):
         spec = open_clip.get_model_config(arch)
         need(spec, "it is unknown")
-        need(isinstance(spec["vision_cfg"].get("layers"), list), "its tower is no CLIP ResNet")
-        quick = spec.get("quick_gelu") or not (default and named)
-        need(quick, "OpenAI's weights want another activation; add -quickgelu")
-        need(size % 32 == 0, "a size is a multiple of 32, the stride of the tower")
-        net = open_clip.create_model(arch, "openai" if default and named else None, default)
-        if weights not in ("default", "none"):
-            open_clip.load_checkpoint(net, weights)
-    pool = net.visual.attnpool
-    mean, grid = pool.positional_embedding.detach().split((1, len(pool.positional_embedding) - 1))
-    grid = grid.unflatten(0, (math.isqrt(len(grid)), -1)).permute(2, 0, 1)[None]  # (1, D, h, w)
-    grid = interpolate(grid, (size // 32, size // 32), mode="bicubic")[0].flatten(1)
-    pool.positional_embedding = nn.Parameter(torch.cat((mean, grid.T)))  # of this size
-    return net.eval(), open_clip.get_tokenizer(arch)
+        odd = {*spec["text_cfg"]} - {*"context_length vocab_size width heads layers".split()}
+        plain = not (odd or spec.get("custom_text"))
+        need(plain, f"its text tower is not as CLIP's and takes no prompts {sorted(odd)}")
+        script = is_zipfile(weights) and "/constants.pkl" in str(ZipFile(weights).namelist())
+        quick = script or open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu")
+        need(spec.get("quick_gelu") or not quick, "OpenAI's weights need QuickGELU: -quickgelu")
+        own = not colon or weights == "default"
+        net = open_clip.create_model(arch, tag, load_weights=own, weights_only=not script).eval()
+        if not own and weights != "none":
+            open_clip.load_checkpoint(net, weights, weights_only=not script)
+        visual, trunk = net.visual, getattr(net.visual, "trunk", None)
+        side = getattr(visual, "patch_size", [32])[0]  # of a ViT; or the stride of a CLIP ResNet
+        side = trunk.feature_info[-1]["reduction"] if trunk else side
+        need(size % side == 0, f"a size is a multiple of {side}, the stride of the tower")
+        if trunk:
+            visual.set_input_size(size)
+        else:
+            table = getattr(visual, "attnpool", visual).positional_embedding
+            table.data = resample_abs_pos_embed(table.data[None], [size // side] * 2)[0]
+        with naming("its tower pools neither as OpenAI's do nor by a mean over a map"):
+            names = [name for name, _ in visual.named_parameters()]
+            learned = [name for name in names if "_pool." in name or "head.pool." in name]
+            need(not learned, f"it has {learned[:1]}")
+            f, u = clip_features(visual, torch.zeros(1, 3, size, size, dtype=torch.uint8))
+            fits = f.ndim == 2 and u.shape[1] == (size // side) ** 2
+            need(fits, f"its features are {[*f.shape]} and {[*u.shape]}")
+        return net, open_clip.get_tokenizer(arch)
 
 
 def clip_features(visual: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 (B, 3, H, W) -> CLIP's image feature f (B, D) and local features u (B, N, D), unit.
-    u_i is the value of position i by itself. f, the pool's attention, averages values by head; it
-    has one query here, where open_clip's pool computes one more for every position."""
+    """uint8 (B, 3, H, W) -> CLIP's image feature f (B, D) and local features u (B, N, D), unit, N
+    by rows. u_i is what the end of the tower makes of position i alone: a ResNet's attention pool,
+    a ViT's last block (the value path of MaskCLIP, ECCV 2022), the head of a tower of timm."""
     x = normalise(images, visual.preprocess_cfg["mean"], visual.preprocess_cfg["std"])
-    x = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(x)))))
-    pool, x = visual.attnpool, x.flatten(2).transpose(1, 2)  # (B, N, D_in)
-    x = torch.cat((x.mean(1, keepdim=True), x), dim=1) + pool.positional_embedding
-    q, k, v = pool.q_proj(x[:, :1]), pool.k_proj(x), pool.v_proj(x)
-    heads = (z.unflatten(2, (pool.num_heads, -1)).transpose(1, 2) for z in (q, k, v))
-    whole = scaled_dot_product_attention(*heads)  # (B, heads, 1, D_in / heads)
-    f, u = pool.c_proj(whole.flatten(1)), pool.c_proj(v[:, 1:])
+    if trunk := getattr(visual, "trunk", None):
+        x = trunk.forward_features(x)
+        last = x.ndim == 3 or getattr(trunk, "output_fmt", "") == "NHWC"  # the channels
+        f, axis = visual.head(trunk.forward_head(x)), -1 if last else 1
+        x = x.movedim(axis, -1).flatten(1, -2)  # (B, N, D_in)
+        maps = x.flatten(0, 1)[:, None, None].movedim(-1, axis)  # each of one position
+        u = visual.head(trunk.forward_head(maps)).view(*x.shape[:2], -1)
+    else:
+        pool = getattr(visual, "attnpool", None)
+        out = visual.forward_intermediates(x, indices=1 if pool else 2)
+        f, x = out["image_features"], out["image_intermediates"][0].flatten(2).transpose(1, 2)
+        if pool:
+            u = pool.c_proj(pool.v_proj(x + pool.positional_embedding[1:]))
+        else:  # x is what enters the last block
+            x = visual.transformer.resblocks[-1](x.flatten(0, 1)[:, None]).view_as(x)
+            u = visual.ln_post(x) @ visual.proj
     return normalize(f.float(), dim=-1), normalize(u.float(), dim=-1)
+
+
+def last_stage(visual: nn.Module) -> list[nn.Parameter]:
+    """The parameters of an image tower's last stage and of all that comes after it."""
+    if trunk := getattr(visual, "trunk", None):
+        stage = trunk.get_submodule(trunk.feature_info[-1]["module"])
+    else:
+        stage = getattr(visual, "layer4", None) or visual.transformer.resblocks[-1]
+    first, own = next(stage.parameters()), [visual.proj] if hasattr(visual, "proj") else []
+    return [*dropwhile(lambda p: p is not first, visual.parameters()), *own]
 
 
 def prompt_tokens(tokenize: Callable, prompt: str, names: list[str]) -> Tensor:

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests import toy  # noqa: E402
 
 toy.scenes = functools.cache(toy.scenes)  # drawn once for all tests
-open_clip.get_tokenizer = functools.cache(open_clip.get_tokenizer)  # it reads a large vocabulary
+tokenizer = functools.cache(open_clip.factory.SimpleTokenizer)  # it reads a large vocabulary
+open_clip.factory.SimpleTokenizer = tokenizer
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 

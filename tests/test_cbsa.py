@@ -45,7 +45,9 @@ def test_temperature_limits_are_mean_and_best_position(rng):
 
 def clip_with(pool):
     """A tower that is nothing but an attention pool over the normalised pixels' own channels."""
-    tower = torch.nn.Module()
+    resnet = open_clip.modified_resnet.ModifiedResNet
+    steps = dict(forward_intermediates=resnet.forward_intermediates)
+    tower = type("Tower", (torch.nn.Module,), steps)()
     for name in "stem layer1 layer2 layer3 layer4".split():
         setattr(tower, name, torch.nn.Identity())
     tower.attnpool, tower.preprocess_cfg = pool, dict(mean=(0, 0, 0), std=(1, 1, 1))
@@ -127,7 +129,7 @@ def test_positions_are_interpolated_to_other_sizes():
     a, b = small.positional_embedding, large.positional_embedding
     assert a.shape == (17, 512) and b.shape == (37, 512) and torch.equal(a[0], b[0])
     grid = a[1:].T.reshape(1, 512, 4, 4)
-    expected = F.interpolate(grid, (6, 6), mode="bicubic")[0].flatten(1).T
+    expected = F.interpolate(grid, (6, 6), mode="bicubic", antialias=True)[0].flatten(1).T
     torch.testing.assert_close(b[1:], expected)
 
 

@@ -214,7 +214,7 @@ OWN_BAD = {
         ("--glove nowhere.txt --weights none", "nowhere.txt"),
     ],
     "cbsa": [
-        ("--arch ViT-B-16 --weights none", "no CLIP ResNet"),
+        ("--arch ViT-B-16-SigLIP --weights none", "no prompts"),
         ("--arch local-dir:nowhere", "nowhere"),
         ("--arch RN50", "quickgelu"),
         ("--size 100 --weights none", "32"),
@@ -226,7 +226,7 @@ OWN_BAD = {
         ("--warm-up -3", "--warm-up"),
     ],
     "scinet": [
-        ("--arch ViT-B-16 --weights none", "no CLIP ResNet"),
+        ("--arch ViT-B-16-SigLIP --weights none", "no prompts"),
         ("--arch local-dir:nowhere", "nowhere"),
         ("--arch RN101", "quickgelu"),
         ("--size 100 --weights none", "32"),
