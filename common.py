@@ -553,8 +553,8 @@ def load_task(args: Namespace, state: dict | None, method: str, hide: Callable) 
     need(args.eval or y.any(), f"--known {args.known} leaves none of {y.size} labels known")
     always = [name for name, c in zip(classes, truth.T, strict=True) if 1 in c and -1 not in c]
     if always and not args.eval:
-        todo = "add -label where one is, or --complete if what a line leaves out is absent"
-        need(-1 in truth, f"train.csv names no absent label, so none could be learned; {todo}")
+        todo = "add -label entries, or --complete if what a line leaves out is absent"
+        need(-1 in truth, f"no label of train.csv is known absent, so all seem to be there; {todo}")
         print(f"warning: no image is known to be without {always}; {todo}", file=sys.stderr)
     about = dict(method=method, classes=classes, data=args.data, mask=mask_hash(y))
     about |= {name: getattr(args, name) for name in ("epochs", "lr", "batch_size")}
@@ -635,12 +635,12 @@ class Run:
             x = v2.functional.pil_to_tensor(image.resize((176, 176)))
             boxes = torch.tensor([[0, 12 * n, 1, 12 * n + 1] for n in range(len(lines))])
             parts = (label.rpartition(" ") for label, _ in lines)  # the font has ASCII alone
-            text = [f"{c if c.isascii() else names.index(c) + 1} {p}" for c, _, p in parts]
+            text = [f"{c if c.isascii() else f'#{names.index(c) + 1}'} {p}" for c, _, p in parts]
             x = draw_bounding_boxes(x, boxes, text, [k for _, k in lines], **look) if lines else x
             drawn.append(x / 255)
         if drawn:
             save_image(drawn, self.out / "samples.png", nrow=6)
-            print(f"likely labels, green if present, numbered if not ASCII: {self.out}/samples.png")
+            print(f"likely labels, green if there, by number if not ASCII: {self.out}/samples.png")
 
 
 def likeliest(classes: Sequence[str], p: Tensor, y: np.ndarray | None = None) -> list[tuple]:

@@ -240,9 +240,9 @@ def test_pictures_number_the_classes_that_their_font_cannot_write(tmp_path, monk
     run.log.append(dict(epoch=1, mAP=1.0))
     labels = common.likeliest(about["classes"], torch.tensor([0.1, 0.9, 0.5]), np.array([0, 1, -1]))
     run.finish([(Image.new("RGB", (9, 9)), labels)])
-    assert drawn == ["2 0.90", "3 0.50", "hot dog 0.10"]
+    assert drawn == ["#2 0.90", "#3 0.50", "hot dog 0.10"]
     assert [colour for _, colour in labels] == ["green", "red", "gray"]
-    assert "numbered if not ASCII" in capsys.readouterr().out
+    assert "by number if not ASCII" in capsys.readouterr().out
 
 
 def test_unknown_test_labels_are_gray_and_unknown_wherever_they_come(trained):
