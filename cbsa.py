@@ -44,7 +44,6 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import common
-from common import need
 
 RECIPES = {
     "real": dict(
@@ -70,6 +69,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, dict | None]:
     add("--root", help="folder of the data set")
     add("--download", action="store_true", help="fetch voc2007, voc2012 or coco into --root first")
     add("--known", type=float, default=0.05, help="proportion of IMAGES kept labelled, in (0, 1]")
+    add("--complete", action="store_true", help="a line of train.csv leaves out what is absent")
     add("--mask-seed", type=int, default=1, help="which images are labelled; 1 is the benchmark's")
     add("--limit", type=int, help="use the first LIMIT images of each split")
     add("--eval", action="store_true", help="only evaluate the checkpoint of --resume PATH")
@@ -206,7 +206,7 @@ def find_contexts(y: np.ndarray, number: int, smooth: float = 1.0, epsilon: floa
         degree = affinity.sum(0) ** -0.5
         values = np.linalg.eigvalsh(np.eye(C) - degree[:, None] * affinity * degree)
         number = 2 + int(np.argmax(np.diff(values[1 : C // 2 + 2])))
-    need(2 <= number <= C, f"--contexts {number} must be from 2 to {C}, the number of classes")
+    common.need(2 <= number <= C, f"--contexts {number} must be 2 to {C}, the number of classes")
     clusters = SpectralClustering(number, affinity="precomputed", random_state=0)
     return clusters.fit_predict(affinity)
 
@@ -378,7 +378,7 @@ def main() -> None:
             zero_shot[net.whole] = evaluate(net, test_loader, test[1], bf16)[0]["mAP"]
         print(f"zero-shot mAP with label-specific features: {zero_shot[False]:.2f}; whole image:")
         run.add(dict(epoch=0, mAP=zero_shot[True], mAP_label_specific=zero_shot[False]))
-    model = common.parallel(net, device, args.compile)
+    model = common.parallel(net, args.compile)
     for epoch in range(run.start, args.epochs + 1):
         alone = epoch <= min(args.warm_up, args.epochs - 1) or args.no_unlabelled or not len(unl)
         run.begin(epoch, *loaders[: 2 - alone])

@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import logging
 import math
 import os
-import platform
 import sys
 import time
+import unicodedata
 import warnings
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from itertools import count, dropwhile
 from pathlib import Path
 from xml.etree import ElementTree
@@ -75,9 +72,8 @@ def run_script(main: Callable[[], None]) -> None:
     """Call `main`; what a person can correct becomes one line on stderr and exit status 2, Ctrl-C
     a line and 130. Anything else is a mistake in the code and keeps its traceback."""
     logging.disable(logging.ERROR)  # open_clip warns of each tower without weights
-    inside = r"(torch|timm|open_clip)\."
-    for words in (dict(module=inside), dict(message="Sparse")):
-        warnings.filterwarnings("ignore", **words)
+    warnings.simplefilter("ignore")  # of what libraries do inside; ours are printed
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does
     try:
         main()
         return distributed.destroy_process_group() if PROCESSES > 1 else None
@@ -102,29 +98,24 @@ def pick_device(name: str) -> torch.device:
             torch.cuda.set_device(name)
         device = torch.zeros(1, device=name).device
     if PROCESSES > 1:
-        distributed.init_process_group(timeout=timedelta(hours=2))  # for downloads
+        distributed.init_process_group()
     if RANK:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return device
 
 
-def parallel(net: nn.Module, device: torch.device, compiled: bool) -> nn.Module:
+def parallel(net: nn.Module, compiled: bool) -> nn.Module:
     """Under torchrun net's DistributedDataParallel, which shares its weights; otherwise net."""
     if compiled:
         net.compile()
-    if PROCESSES == 1:
-        return net
-    if device.type == "cuda":
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    return nn.parallel.DistributedDataParallel(net)
+    return nn.parallel.DistributedDataParallel(net) if PROCESSES > 1 else net
 
 
-# ------------------------------------------------------------------------------------------ labels
+# ------------------------------------------------------------------------------- labels, data sets
 
 
 def hide_entries(y: np.ndarray, known: float, seed: int) -> np.ndarray:
     """Hide single labels: (i, c) stays iff RandomState(seed).random_sample(y.shape)[i, c] < known.
-
     y (images, C) in {1, 0, -1}, known in (0, 1] -> new int8 array, hidden entries 0. With seed 0
     and rows in the official order this is the mask the SST authors published (Chen et al., AAAI
     2022); masks of one seed are nested: what 10 % leave known, 50 % leave known.
@@ -145,33 +136,25 @@ def mask_hash(y: np.ndarray) -> str:
     return hashlib.sha256(np.packbits(y != 0).tobytes()).hexdigest()[:8]
 
 
-# --------------------------------------------------------------------------------------- data sets
-
-
 def load_data(name: str, root: str | None, limit: int | None = None, fetch: bool = False) -> tuple:
-    """The classes, and (images, y) of the training and of the test split of a data set. images:
-    paths, or uint8 (images, height, width, 3); y (images, C) int8. `limit` keeps the first of each
-    split, `fetch` downloads before. InputError on bad files; a warning on counts not official."""
+    """The classes, and (images, y) of the training and of the test split. images: paths or uint8
+    (images, height, width, 3); y (images, C) int8. `limit` keeps the first of each. InputError on
+    bad files, a warning on images in both."""
     if name == "toy":
         from tests import toy  # only here: the methods need nothing of it
 
-        classes, *splits = toy.load()
-        return classes, *((images[:limit], y[:limit]) for images, y in splits)
+        return toy.load(limit)
     need(name in DATASETS, f"--data {name} is unknown; choose from toy, {', '.join(DATASETS)}")
-    tree, load, counts, source = DATASETS[name]
-    if fetch and RANK == 0:
+    tree, load, parts, source = DATASETS[name]
+    if fetch:
         download(name, root, source)
-    if fetch and PROCESSES > 1:
-        distributed.barrier()
     try:
-        classes, *parts = load(Path(root or "--root"))
+        (classes, train), (_, test) = (load(Path(root or "--root"), part) for part in parts)
     except Exception as error:  # files of any content come here
         why = f"--data {name} needs {tree} ({type(error).__name__}: {error})"
         raise InputError(f"{read.path} cannot be used; {why}") from None
-    if counts not in (None, found := tuple(map(len, parts))):
-        print(f"warning: {name} has {found} train and test images, not {counts}", file=sys.stderr)
     splits = []
-    for rows in parts:  # path -> {class: 1, 0 or -1}; a class that is not there is known absent
+    for rows in (train, test):  # path -> {class: 1, 0 or -1}; what is not there is known absent
         paths = [*rows][:limit]
         for path in tqdm(paths, "looking at images", leave=False, disable=None):
             open_image(path, decode=False)
@@ -180,6 +163,8 @@ def load_data(name: str, root: str | None, limit: int | None = None, fetch: bool
         need(paths, f"--root {root}: one of its two lists names no image; add some")
         y = [[rows[path].get(name, -1) for name in classes] for path in paths]
         splits.append((paths, np.array(y, np.int8)))
+    if both := {*splits[0][0]} & {*splits[1][0]}:
+        print(f"warning: {len(both)} images are in both lists: {min(both)}", file=sys.stderr)
     return classes, *splits
 
 
@@ -194,10 +179,10 @@ COCO = {  # archive: md5
 def download(name: str, root: str | None, source: str) -> None:
     """Fetch VOC or COCO 2014 into root, by torchvision; of others an InputError says how."""
     need(not source, f"--download cannot fetch {name}; {source}; it needs {DATASETS[name][0]}")
-    need(root, "--download needs --root, the folder that the data goes to")
+    need(root and PROCESSES == 1, "--download needs --root, where it goes to, and no torchrun")
     with naming(f"--download {name} failed; try again"):
-        for part in VOC_PARTS.get(name, ()):
-            VOCDetection(root, name[3:], part, download=True)
+        for part in DATASETS[name][2] if name != "coco" else ():
+            VOCDetection(root, *part.split(), download=True)
         for url, md5 in COCO.items() if name == "coco" else ():
             if not (done := Path(root, f"{Path(url).name}.done")).exists():
                 download_and_extract_archive(url, root, md5=md5, remove_finished=True)
@@ -209,81 +194,75 @@ def read(path: Path) -> str:
     return path.read_text(encoding="utf-8-sig")  # Excel begins a csv with a BOM
 
 
-def load_coco(root: Path) -> tuple:
+def load_coco(root: Path, part: str) -> tuple:
     """COCO 2014. Any annotation counts, crowds too; images without annotation stay."""
-    splits = []
-    for part in ("train2014", "val2014"):
-        spec = json.loads(read(root / "annotations" / f"instances_{part}.json"))
-        names = {c["id"]: c["name"] for c in sorted(spec["categories"], key=lambda c: c["id"])}
-        files = {image["id"]: f"{root / part}/{image['file_name']}" for image in spec["images"]}
-        rows = {file: {} for file in files.values()}
-        for a in spec["annotations"]:
-            rows[files[a["image_id"]]][names[a["category_id"]]] = 1
-        splits.append(rows)
-    return [*names.values()], *splits
+    spec = json.loads(read(root / "annotations" / f"instances_{part}.json"))
+    names = {c["id"]: c["name"] for c in sorted(spec["categories"], key=lambda c: c["id"])}
+    files = {image["id"]: f"{root / part}/{image['file_name']}" for image in spec["images"]}
+    rows = {file: {} for file in files.values()}
+    for a in spec["annotations"]:
+        rows[files[a["image_id"]]][names[a["category_id"]]] = 1
+    return [*names.values()], rows
 
 
-VOC_PARTS = {"voc2007": ("trainval", "test"), "voc2012": ("train", "val")}
 VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
     "person pottedplant sheep sofa train tvmonitor"
 ).split()
 
 
-def load_voc(root: Path, name: str) -> tuple:
+def load_voc(root: Path, part: str) -> tuple:
     """Objects marked difficult do not make a class present."""
-    base, splits = root / "VOCdevkit" / name.upper(), []
-    for part in VOC_PARTS[name]:
-        rows = {}
-        for i in read(base / "ImageSets" / "Main" / f"{part}.txt").split():
-            objects = ElementTree.fromstring(read(base / "Annotations" / f"{i}.xml")).iter("object")
-            sure = (o for o in objects if o.findtext("difficult", "0").strip() != "1")
-            rows[f"{base}/JPEGImages/{i}.jpg"] = {o.findtext("name", "").strip(): 1 for o in sure}
-        splits.append(rows)
-    return VOC_CLASSES, *splits
+    year, part = part.split()
+    base, rows = root / "VOCdevkit" / f"VOC{year}", {}
+    for i in read(base / "ImageSets" / "Main" / f"{part}.txt").split():
+        objects = ElementTree.fromstring(read(base / "Annotations" / f"{i}.xml")).iter("object")
+        sure = (o for o in objects if o.findtext("difficult", "0").strip() != "1")
+        rows[f"{base}/JPEGImages/{i}.jpg"] = {o.findtext("name", "").strip(): 1 for o in sure}
+    return VOC_CLASSES, rows
 
 
-def load_nuswide(root: Path) -> tuple:
+def load_nuswide(root: Path, part: str) -> tuple:
     """NUS-WIDE: the concepts in the order of their label files, that is, of the alphabet."""
-    base, splits = root / "Groundtruth" / "TrainTestLabels", []
+    base = root / "Groundtruth" / "TrainTestLabels"
     classes = sorted(path.name[7:-10] for path in base.glob("Labels_*_Train.txt"))
-    for part in ("Train", "Test"):
-        lines = read(root / "ImageList" / f"{part}Imagelist.txt").replace("\\", "/").split()
-        columns = [read(base / f"Labels_{name}_{part}.txt").split() for name in classes]
-        signs = ([2 * int(v) - 1 for v in row] for row in zip(*columns, strict=True))
-        rows = {f"{root}/Flickr/{line}": row for line, row in zip(lines, signs, strict=True)}
-        splits.append({path: dict(zip(classes, row, strict=True)) for path, row in rows.items()})
-    return classes, *splits
+    lines = read(root / "ImageList" / f"{part}Imagelist.txt").replace("\\", "/").split()
+    columns = [read(base / f"Labels_{name}_{part}.txt").split() for name in classes]
+    signs = ([2 * int(v) - 1 for v in row] for row in zip(*columns, strict=True))
+    rows = (dict(zip(classes, row, strict=True)) for row in signs)
+    return classes, dict(zip((f"{root}/Flickr/{x}" for x in lines), rows, strict=True))
 
 
-def load_folder(root: Path) -> tuple:
+def load_folder(root: Path, part: str) -> tuple:
     """The user's own: lines `path,label;label;-label` in train.csv and test.csv, classes.txt.
-    `-label` is known absent. What a line leaves out is unknown in train.csv, absent in test.csv."""
-    classes, splits = [*filter(None, map(str.strip, read(root / "classes.txt").splitlines()))], []
-    twice = [name for name, times in Counter(classes).items() if times > 1]
-    need(not twice, f"class {twice} is there twice")
-    for part, left_out in (("train", dict.fromkeys(classes, 0)), ("test", {})):
-        lines, rows = csv.reader(read(root / f"{part}.csv").splitlines()), {}
-        for number, line in ((number, line) for number, line in enumerate(lines, 1) if line):
-            path, labels = str(root / line[0]), filter(None, map(str.strip, line[-1].split(";")))
-            signs = [(x.removeprefix("-"), -1 if x[0] == "-" else 1) for x in labels]
-            rows[path], again = left_out | dict(signs), path in rows
-            odd = [name for name, sign in signs if name not in classes or rows[path][name] != sign]
-            rule = "is not path,label;label;-label, a new path and labels of classes.txt"
-            need(len(line) == 2 and not odd and not again, f"line {number} {rule}: {odd or line}")
-        splits.append(rows)
-    return classes, *splits
+    `-label` is known absent. What a line leaves out is unknown; in a test.csv without any `-label`
+    it is absent."""
+    names = unicodedata.normalize("NFC", read(root / "classes.txt")).splitlines()
+    classes, rows, at = [*filter(None, map(str.strip, names))], {}, {}
+    need(not (twice := {x for x in classes if classes.count(x) > 1}), f"{twice} is there twice")
+    lines = csv.reader(read(root / f"{part}.csv").splitlines())
+    for line in filter(None, lines):
+        path = os.path.normpath(root / line[0].replace("\\", "/"))
+        labels = map(str.strip, unicodedata.normalize("NFC", line[-1]).split(";"))
+        signs = [(x.removeprefix("-"), -1 if x[0] == "-" else 1) for x in labels if x]
+        rows[path], n = dict(signs), lines.line_num
+        odd = [name for name, sign in signs if name not in classes or rows[path][name] != sign]
+        rule = f"line {n} is not path,label;label;-label with labels of classes.txt"
+        need(len(line) == 2 and not odd, f"{rule}: {odd or line}")
+        need(at.setdefault(path, n) == n, f"line {n} is of the image of line {at[path]}, {path}")
+    if part == "train" or any(-1 in row.values() for row in rows.values()):
+        rows = {path: dict.fromkeys(classes, 0) | row for path, row in rows.items()}
+    return classes, rows
 
 
 VOC = "VOCdevkit/VOC20{07,12}/{Annotations,ImageSets/Main,JPEGImages}"
-DATASETS = {  # name: tree under --root; root -> classes, train, test rows; official counts; source
-    "coco": ("annotations/instances_{train,val}2014.json, train2014/, val2014/", load_coco,
-             (82783, 40504), ""),
-    "voc2007": (VOC, lambda root: load_voc(root, "voc2007"), (5011, 4952), ""),
-    "voc2012": (VOC, lambda root: load_voc(root, "voc2012"), (5717, 5823), ""),
+DATASETS = {  # name: tree under --root; what loads a part: classes, rows; parts; no --download, why
+    "coco": ("annotations/, train2014/, val2014/", load_coco, ("train2014", "val2014"), ""),
+    "voc2007": (VOC, load_voc, ("2007 trainval", "2007 test"), ""),
+    "voc2012": (VOC, load_voc, ("2012 train", "2012 val"), ""),
     "nuswide": ("ImageList/, Groundtruth/TrainTestLabels/, Flickr/*/*.jpg", load_nuswide,
-                (161789, 107859), "ask at lms.comp.nus.edu.sg/wp-content/uploads/2019, 30 GB"),
-    "folder": ("train.csv, test.csv, classes.txt, images", load_folder, None, "it is your own"),
+                ("Train", "Test"), "ask at lms.comp.nus.edu.sg/wp-content/uploads/2019, 30 GB"),
+    "folder": ("train.csv, test.csv, classes.txt", load_folder, ("train", "test"), "it's your own"),
 }  # fmt: skip
 
 
@@ -376,16 +355,20 @@ def prompt_tokens(tokenize: Callable, prompt: str, names: list[str]) -> Tensor:
 
 
 def open_image(item: str | np.ndarray, decode: bool = True) -> Image.Image:
-    """An RGB image, upright and on white, of a file (unless decode: its header) or uint8 array."""
+    """An RGB image, upright and on white, of a file or uint8 array. Unless `decode`, a JPEG or PNG
+    that ends as such files do is taken for whole and left."""
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
     with naming(f"image {item} cannot be read; replace or remove it"), Image.open(item) as image:
         need(image.mode not in ("I", "F"), "32 bits a pixel have no known range; use 8 or 16")
-        if not decode:
-            return image
+        with open(item, "rb") as file:
+            file.seek(-8, os.SEEK_END)
+            if not decode and file.read().endswith((b"\xff\xd9", b"IEND\xaeB`\x82")):
+                return image
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits: convert() would clip them at 255
-            image = Image.fromarray(np.uint8(np.asarray(image) >> 8))
+        if image.mode.startswith("I"):  # 16 bits, of which cameras and scanners may use 12
+            x = np.asarray(image)
+            image = Image.fromarray(np.uint8(x >> max(0, int(x.max()).bit_length() - 8)))
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -477,7 +460,7 @@ def multilabel_metrics(logits: np.ndarray, y: np.ndarray) -> dict:
     for name, interpolated in (("mAP", False), ("mAP_interp", True)):
         ap = average_precision(logits, y, interpolated)[shown]
         result[name] = float(ap.mean()) if len(ap) else math.nan
-    rank = (-logits).argsort(axis=1, kind="stable").argsort(axis=1)
+    rank = np.where(y, -logits, np.inf).argsort(axis=1, kind="stable").argsort(axis=1)
     for suffix, number in (("", y.shape[1]), ("_top3", 3)):
         said = (logits >= 0) & (y != 0) & (rank < number)
         counts = np.stack([m[:, shown].sum(0) for m in (said & truth, said, truth)])
@@ -524,9 +507,9 @@ def check_args(args: Namespace, above_zero: str = "") -> Namespace:
         positive = name in f"known size epochs batch_size lr limit {above_zero}".split()
         high = 1 if name in ("known", "ema") else 2**32 - 1
         if isinstance(value, int | float):
-            low, fits = "above" if positive else "at least", 0 <= value <= high
-            rule = f"must be {low} 0 and at most {high}"
-            need(fits and (value or not positive), f"--{name.replace('_', '-')} {value} {rule}")
+            rule = f"must be {'above' if positive else 'at least'} 0 and at most {high}"
+            fits = 0 <= value <= high and (value or not positive)
+            need(fits, f"--{name.replace('_', '-')} {value} {rule}")
     wanted = not (args.eval or args.predict) or args.resume not in (None, "auto")
     need(wanted, "--eval and --predict need --resume PATH, the last.pt of a run")
     if args.dry_run:
@@ -549,24 +532,36 @@ def load_checkpoint(args: Namespace, method: str) -> dict | None:
 
 
 def load_weights(net: nn.Module, weights: str | dict) -> None:
-    """Load a state dict, or that of a file, into net; InputError when it is none or misfits."""
+    """Load a state dict, or that of a file, into net; InputError when it is none or misfits. A file
+    may be of DataParallel; net keeps its own classification head, which no script uses."""
     path = weights if isinstance(weights, str) else ""
     with naming(f"--weights {path} does not fit the network" if path else "--resume does not fit"):
-        net.load_state_dict(torch.load(path, "cpu", weights_only=True) if path else weights)
+        if path:
+            weights, own = torch.load(path, "cpu", weights_only=True), net.state_dict()
+            weights = {name.removeprefix("module."): x for name, x in weights.items()}
+            weights |= {k: x for k, x in own.items() if k.startswith(("fc.", "classifier."))}
+        net.load_state_dict(weights)
 
 
 def load_task(args: Namespace, state: dict | None, method: str, hide: Callable) -> tuple:
     """Classes, train and test (images, y), y with labels hidden, and what the run is about: a
     checkpoint `state` must be about the same or, to be evaluated, know the same classes."""
-    classes, train, test = load_data(args.data, args.root, args.limit, args.download)
-    y = hide(train[1], args.known, args.mask_seed)
+    classes, (images, truth), test = load_data(args.data, args.root, args.limit, args.download)
+    if args.complete:
+        truth = np.where((truth == 0) & truth.any(1, keepdims=True), np.int8(-1), truth)
+    y = hide(truth, args.known, args.mask_seed)
     need(args.eval or y.any(), f"--known {args.known} leaves none of {y.size} labels known")
+    always = [name for name, c in zip(classes, truth.T, strict=True) if 1 in c and -1 not in c]
+    if always and not args.eval:
+        todo = "add -label entries, or --complete if what a line leaves out is absent"
+        need(-1 in truth, f"no label of train.csv is known absent, so all seem to be there; {todo}")
+        print(f"warning: no image is known to be without {always}; {todo}", file=sys.stderr)
     about = dict(method=method, classes=classes, data=args.data, mask=mask_hash(y))
     about |= {name: getattr(args, name) for name in ("epochs", "lr", "batch_size")}
     for name in (["classes"] if args.eval else about) if state else ():
         was = f"--resume: {name} was {state[name]} and is {about[name]} now"
-        need(state[name] == about[name], f"{was}; give what that run was started with, or nothing")
-    return classes, train, test, y, about
+        need(state[name] == about[name], f"{was}; give what that run had, or start another --out")
+    return classes, (images, truth), test, y, about
 
 
 class Run:
@@ -585,10 +580,9 @@ class Run:
         for name, item in saved.items() if state else ():
             with naming(f"--resume: its {name} does not fit"):
                 item.load_state_dict(state[name])
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        first = about | dict(torch=str(torch.__version__), device=name, seed=args.seed)
-        first |= dict(command=sys.argv, args=vars(args))
-        self.log = state["log"] if state else [{"run": first}]
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        first = dict(torch=str(torch.__version__), device=name, command=sys.argv, args=vars(args))
+        self.log = state["log"] if state else [{"run": about | first}]
         where = "nothing is written" if args.dry_run else f"log in {self.out}"
         print(f"{about['method']} on {about['data']}, mask {about['mask']}; {where}", flush=True)
 
@@ -610,9 +604,13 @@ class Run:
         state = {name: item.state_dict() for name, item in self.saved.items()} | more | self.about
         state |= dict(epoch=self.entry["epoch"], args=vars(self.args), log=self.log)
         if not self.silent:
-            content = io.BytesIO()
-            torch.save(state, content)
-            write_whole(self.out / "last.pt", content.getbuffer())
+            last = self.out / "last.pt"  # under another name first: whatever happens, it is whole
+            with naming(f"{last} cannot be written; the one before it is whole"):
+                with open(last.with_suffix(".tmp"), "wb") as file:
+                    torch.save(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(file.name, last)
 
     def add(self, entry: dict) -> None:
         self.log.append({k: None if x != x else x for k, x in entry.items()})  # JSON knows no NaN
@@ -622,7 +620,7 @@ class Run:
         if not self.silent:
             self.out.mkdir(parents=True, exist_ok=True)
             lines = "".join(f"{json.dumps(line)}\n" for line in self.log)
-            write_whole(self.out / "log.jsonl", lines.encode())
+            (self.out / "log.jsonl").write_text(lines)
 
     def finish(self, cells: Sequence[tuple]) -> None:
         """Print the metrics of the last epoch and of the best one on test, and draw samples.png:
@@ -632,27 +630,17 @@ class Run:
         print("| % | last epoch | best on test (what most papers report) |\n| --- | --- | --- |")
         for name in (name for name in best if name[0] in "OCm"):
             print(f"| {name} | {epochs[-1][name] or 0:.2f} | {best[name] or 0:.2f} |")
-        drawn, style = [], dict(label_colors="white", fill_labels=True)
+        drawn, names, look = [], self.about["classes"], dict(label_colors="white", fill_labels=True)
         for image, lines in cells if not self.silent else ():
             x = v2.functional.pil_to_tensor(image.resize((176, 176)))
             boxes = torch.tensor([[0, 12 * n, 1, 12 * n + 1] for n in range(len(lines))])
-            text, colours = ([line[k] for line in lines] for k in (0, 1))
-            x = draw_bounding_boxes(x, boxes, text, colours, **style) if lines else x
+            parts = (label.rpartition(" ") for label, _ in lines)  # the font has ASCII alone
+            text = [f"{c if c.isascii() else f'#{names.index(c) + 1}'} {p}" for c, _, p in parts]
+            x = draw_bounding_boxes(x, boxes, text, [k for _, k in lines], **look) if lines else x
             drawn.append(x / 255)
         if drawn:
             save_image(drawn, self.out / "samples.png", nrow=6)
-            print(f"images and likely labels, green if present, red if not: {self.out}/samples.png")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write under a temporary name, fsync, rename: whatever happens, `path` is whole."""
-    temporary = path.with_suffix(".tmp")
-    with naming(f"{path} cannot be written; the one before it is whole"):
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            print(f"likely labels, green if there, by number if not ASCII: {self.out}/samples.png")
 
 
 def likeliest(classes: Sequence[str], p: Tensor, y: np.ndarray | None = None) -> list[tuple]:
@@ -661,10 +649,9 @@ def likeliest(classes: Sequence[str], p: Tensor, y: np.ndarray | None = None) ->
     return [(f"{classes[c]} {p[c]:.2f}", colours[c]) for c in p.topk(min(5, len(p))).indices]
 
 
-def test_cells(classes: Sequence[str], test: tuple, logits: Tensor | None) -> list[tuple]:
+def test_cells(classes: Sequence[str], test: tuple, logits: Tensor) -> list[tuple]:
     """For samples.png: the first test images (images, y) with their likeliest labels."""
-    p = torch.sigmoid(logits) if logits is not None else []
-    some = zip(test[0][:18], p, test[1], strict=False)
+    some = zip(test[0][:18], torch.sigmoid(logits), test[1], strict=False)
     return [(open_image(image), likeliest(classes, *more)) for image, *more in some]
 
 
@@ -679,9 +666,21 @@ def report(args: Namespace, classes: Sequence[str], y: np.ndarray, logits: Tenso
 
 @torch.no_grad()
 def predict(score: Callable, net: nn.Module, args: Namespace, state: dict) -> None:
-    """--predict: the five likeliest labels of each image; score: images -> logits, by net."""
+    """--predict: the five likeliest labels of each image, also of those in folders; all go into
+    predictions.csv beside last.pt. score: images -> logits, by net."""
     load_weights(net, state["model"])
+    view, device, failed, paths = make_transform(args.size), next(net.parameters()).device, [], []
     for path in args.predict:
-        x = make_transform(args.size)(open_image(path))[None].to(next(net.parameters()).device)
-        labels = likeliest(state["classes"], torch.sigmoid(score(x))[0].cpu())
-        print(f"{path}:", ", ".join(text for text, _ in labels))
+        paths += sorted(x for x in Path(path).rglob("[!.]*") if x.is_file()) or [path]
+    with open(Path(args.out, "predictions.csv"), "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["path", *state["classes"]])
+        for path in paths:
+            try:
+                p = torch.sigmoid(score(view(open_image(path))[None].to(device)))[0].cpu()
+            except InputError as error:
+                failed.append(str(error))
+            else:
+                table.writerow([path, *p.tolist()])
+                print(f"{path}:", ", ".join(text for text, _ in likeliest(state["classes"], p)))
+    need(not failed, "; ".join(failed))

@@ -64,6 +64,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, dict | None]:
     add("--root", help="folder of the data set")
     add("--download", action="store_true", help="fetch voc2007, voc2012 or coco into --root first")
     add("--known", type=float, default=0.1, help="proportion of label ENTRIES kept, in (0, 1]")
+    add("--complete", action="store_true", help="a line of train.csv leaves out what is absent")
     add("--mask-seed", type=int, default=0, help="which labels are hidden; 0 is the benchmark's")
     add("--limit", type=int, help="use the first LIMIT images of each split")
     add("--eval", action="store_true", help="only evaluate the checkpoint of --resume PATH")
@@ -399,7 +400,7 @@ def main() -> None:
     else:
         run.add(dict(epoch=0, mAP=metrics["mAP"]))  # zero-shot
     sharp = torch.eye(len(a_q)) + a_q.square()
-    memory["sharp"], model = sharp / sharp.sum(0), common.parallel(net, device, args.compile)
+    memory["sharp"], model = sharp / sharp.sum(0), common.parallel(net, args.compile)
     for epoch in range(run.start, args.epochs + 1):
         run.begin(epoch, loader)
         memory["p"] = fuse(memory["s"], known, a_n, a_q, args.lambda_n, args.lambda_q)

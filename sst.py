@@ -60,6 +60,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, dict | None]:
     add("--root", help="folder of the data set")
     add("--download", action="store_true", help="fetch voc2007, voc2012 or coco into --root first")
     add("--known", type=float, default=0.1, help="proportion of label ENTRIES kept, in (0, 1]")
+    add("--complete", action="store_true", help="a line of train.csv leaves out what is absent")
     add("--mask-seed", type=int, default=0, help="which labels are hidden; 0 is the benchmark's")
     add("--limit", type=int, help="use the first LIMIT images of each split")
     add("--eval", action="store_true", help="only evaluate the checkpoint of --resume PATH")
@@ -388,9 +389,9 @@ def main() -> None:
     optimizer = torch.optim.Adam(groups, args.lr, weight_decay=args.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, gamma=0.1)
     run = common.Run(args, about, state, model=net, optimizer=optimizer, scheduler=scheduler)
-    prototypes = state["prototypes"] if state else torch.zeros(len(classes), args.width)
-    prototypes, truth, logits = prototypes.to(device), torch.tensor(train[1]), None
-    model = common.parallel(net, device, args.compile)
+    prototypes = (state["prototypes"] if state else torch.zeros(y.shape[1], args.width)).to(device)
+    truth, logits = torch.tensor(train[1]), evaluate(net, test_loader, test[1], bf16)[1]
+    model = common.parallel(net, args.compile)
     for epoch in range(run.start, args.epochs + 1):
         run.begin(epoch, loader)
         more = prototypes, truth, epoch, args

@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -117,8 +118,8 @@ def test_same_command_same_bits_and_what_a_checkpoint_is_good_for(name, call, tm
     }.items():
         if word == "classes":
             Path("classes.txt").write_text("cat\n")
-            for part in ("train", "test"):
-                Path(f"{part}.csv").write_text("scene.png,cat\n")
+            Path("train.csv").write_text("scene.png,cat\n")
+            Path("test.csv").write_text("whole/samples.png,cat\n")
         status, _, error = call(name, *arguments)
         assert status == 2 and error.count("\n") == 1 and word in error, (word, error)
     status, _, error = call(other, *small(other), "--resume", "whole/last.pt")
@@ -267,9 +268,12 @@ def photos(tmp_path):
     images[8].save(tmp_path / "8.jpg", format="PNG")  # the wrong extension
     names[9] = "moving.gif"
     (tmp_path / "classes.txt").write_text("hot dog\nDürer's {hare}\n100%_wool\n", "utf-8")
-    rows = [f"{name},{'hot dog' if k % 2 else '100%_wool'}" for k, name in enumerate(names)]
-    (tmp_path / "train.csv").write_text("\n".join(rows))
-    (tmp_path / "test.csv").write_text("\n".join(rows[:9]))
+    labels = "100%_wool;-hot dog", "hot dog;-100%_wool;-Dürer's {hare}"
+    rows = [f"{name},{labels[k % 2]}" for k, name in enumerate(names)]
+    (tmp_path / "train.csv").write_text("\n".join(rows), "utf-8")
+    for name in names[:9]:
+        shutil.copy(tmp_path / name, tmp_path / f"test-{name}")
+    (tmp_path / "test.csv").write_text("\n".join(f"test-{row}" for row in rows[:9]), "utf-8")
     return tmp_path
 
 

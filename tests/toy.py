@@ -135,9 +135,11 @@ def scenes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.stack([draw_scene(shown, k, 64, rng) for shown, k in drawn]), y, contexts
 
 
-def load() -> tuple:
-    """The classes; images and labels of 2,000 training scenes and 1,000 test scenes."""
-    return CLASSES, *(scenes(n, seed)[:2] for seed, n in enumerate((2000, 1000)))
+def load(limit: int | None = None) -> tuple:
+    """The classes; images and labels of 2,000 training scenes and 1,000 test scenes, or the first
+    `limit` of each."""
+    splits = (scenes(n, seed)[:2] for seed, n in enumerate((2000, 1000)))
+    return CLASSES, *((images[:limit], y[:limit]) for images, y in splits)
 
 
 # ------------------------------------------------------------------------------------ the networks

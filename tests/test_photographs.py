@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: MIT
+"""Photographs and label lists as people have them, and predictions that they can use."""
+
+import csv
+import io
+import shutil
+import sys
+import unicodedata
+from argparse import Namespace
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.models import get_model
+
+import common
+import sst
+from common import InputError
+from tests.test_scripts import call  # noqa: F401
+
+# ----------------------------------------------------------------------------------------- lists
+
+
+def write(root, train, test="t.png,cat\n", classes="cat\ndog\nowl\n"):
+    """A folder data set; every image that a list names is there."""
+    for name in "abct":
+        Image.new("RGB", (8, 8), 128).save(root / f"{name}.png")
+    for name, text in dict(train=train, test=test).items():
+        (root / f"{name}.csv").write_text(text, encoding="utf-8")
+    (root / "classes.txt").write_text(classes, encoding="utf-8")
+
+
+def task(root, **more):
+    """load_task's training labels, test labels, and what hiding left of the former."""
+    args = dict(data="folder", root=str(root), limit=None, download=False, complete=False)
+    args |= dict(known=1.0, mask_seed=0, eval=False, epochs=1, lr=0.1, batch_size=2) | more
+    found = common.load_task(Namespace(**args), None, "sst", common.hide_entries)
+    return found[1][1].tolist(), found[2][1].tolist(), found[3].tolist()
+
+
+def test_lists_of_positives_only_are_refused_with_both_ways_out(tmp_path, capsys):
+    write(tmp_path, "a.png,cat;dog\nb.png,owl\nc.png,\n")
+    with pytest.raises(InputError, match="add -label .* or --complete") as error:
+        task(tmp_path)
+    assert "\n" not in str(error.value)
+    train, _, y = task(tmp_path, complete=True)
+    assert train == y == [[1, 1, -1], [-1, -1, 1], [0, 0, 0]]  # without any label: unlabelled
+    assert not capsys.readouterr().err
+
+
+def test_a_class_of_which_no_absence_is_known_is_named(tmp_path, capsys):
+    write(tmp_path, "a.png,cat;-dog\nb.png,owl;dog;-cat\n")
+    assert task(tmp_path)[0] == [[1, -1, 0], [-1, 1, 1]]
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "without ['owl']" in error and "--complete" in error
+
+
+def test_test_lists_leave_out_what_is_unknown_if_they_say_what_is_absent(tmp_path):
+    train = "a.png,cat;-dog;-owl\nb.png,-cat;dog;owl\n"
+    write(tmp_path, train, "c.png,cat\nt.png,\n")
+    assert task(tmp_path)[1] == [[1, -1, -1], [-1, -1, -1]]
+    write(tmp_path, train, "c.png,cat\nt.png,-owl\n")
+    assert task(tmp_path)[1] == task(tmp_path, complete=True)[1] == [[1, 0, 0], [0, 0, -1]]
+
+
+@pytest.mark.parametrize("again", ["./a.png,dog", "x/../a.png,cat", ".\\a.png,-cat"])
+def test_an_image_in_two_lines_is_named_with_both(again, tmp_path):
+    write(tmp_path, f"a.png,cat;-dog\n\nb.png,dog\n{again}\n")
+    with pytest.raises(InputError, match=r"train.csv .*line 4 is of the image of line 1, .*a\.png"):
+        task(tmp_path)
+
+
+def test_an_image_in_both_lists_is_a_warning_that_names_it(tmp_path, capsys):
+    write(tmp_path, "a.png,cat;-dog;-owl\nb.png,dog;-cat;owl\n", "t.png,cat\n./b.png,dog\n")
+    task(tmp_path)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "1 images are in both lists" in error and "b.png" in error
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_are_the_same_in_every_unicode_form(forms, tmp_path):
+    name, other = (unicodedata.normalize(form, "Dürer") for form in forms)
+    assert name != other
+    write(tmp_path, f"a.png,{name};-cat\nb.png,-{name};cat\n", classes=f"{other}\ncat\n")
+    assert task(tmp_path)[0] == [[1, -1], [-1, 1]]
+
+
+def test_windows_paths_are_paths(tmp_path):
+    write(tmp_path, "in\\a.png,cat;-dog;-owl\n")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "in" / "a.png")
+    images = common.load_data("folder", str(tmp_path))[1][0]
+    assert images == [str(tmp_path / "in" / "a.png")]
+
+
+def test_the_three_highest_are_of_the_labels_that_are_known():
+    logits = np.array([[9.0, 8, 7, 2, 1, -1], [1, 2, 3, 4, 5, 6]], np.float32)
+    y = np.array([[0, 0, 0, 1, -1, 1], [-1, 1, 1, 0, 0, 0]])
+    result = common.multilabel_metrics(logits, y)
+    # image 0: of columns 3, 4, 5 two are said, one rightly; image 1: of 0, 1, 2 all, two rightly
+    assert result["OP_top3"] == pytest.approx(100 * 3 / 5)
+    assert result["OR_top3"] == pytest.approx(100 * 3 / 4)
+    others = common.multilabel_metrics(np.where(y == 0, -logits, logits), y)
+    assert others == result
+
+
+# ---------------------------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_16_bit_files_are_scaled_by_the_bits_that_they_hold(bits, tmp_path):
+    values = np.linspace(0, 2**bits - 1, 256).astype(np.uint16)
+    Image.fromarray(values.reshape(16, 16)).save(tmp_path / "x.png")
+    read = np.asarray(common.open_image(tmp_path / "x.png"))[..., 0].ravel()
+    assert (read == values >> (bits - 8)).all() and read[-1] == 255 and read[128] in (127, 128)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "gif", "webp", "tiff"])
+def test_a_truncated_file_is_found_by_looking_and_a_whole_one_passes(kind, tmp_path):
+    noise = np.random.default_rng(0).integers(256, size=(60, 80, 3), dtype=np.uint8)
+    path = tmp_path / f"x.{kind}"
+    Image.fromarray(noise).save(path)
+    common.open_image(path, decode=False)
+    whole = path.read_bytes()
+    for kept in (len(whole) // 2, len(whole) - 30):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(InputError, match=f"x.{kind} cannot be read"):
+            common.open_image(path, decode=False)
+
+
+def test_what_follows_a_whole_photograph_does_no_harm(tmp_path):
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "x.jpg")
+    with open(tmp_path / "x.jpg", "ab") as file:
+        file.write(b"a film that the phone put here")
+    common.open_image(tmp_path / "x.jpg", decode=False)
+    assert np.asarray(common.open_image(tmp_path / "x.jpg"))[0, 0, 0] > 190
+
+
+# -------------------------------------------------------------------------------- what comes out
+
+
+FLAGS = "--data folder --root . --arch toy --width 8 --size 64 --weights none --workers 0".split()
+FLAGS += "--batch-size 3 --epochs 1".split()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A run of sst.py on a few photographs of three classes."""
+    root = tmp_path_factory.mktemp("world")
+    noise = np.random.default_rng(0).integers(256, size=(8, 40, 30, 3), dtype=np.uint8)
+    for k, x in enumerate(noise):
+        Image.fromarray(x).save(root / f"{k}.png")
+    (root / "classes.txt").write_text("hot dog\nкошка\n100%_wool\n", "utf-8")
+    labels = "hot dog;-100%_wool;-кошка", "100%_wool;-hot dog;кошка"
+    rows = [f"{k}.png,{labels[k % 2]}\n" for k in range(8)]
+    (root / "train.csv").write_text("".join(rows[:6]), "utf-8")
+    (root / "test.csv").write_text("".join(rows[6:]), "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setattr(sys, "argv", ["sst.py", *FLAGS, "--out", "run"])
+        common.run_script(sst.main)
+    return root
+
+
+@pytest.fixture
+def trained(world, tmp_path, call):  # noqa: F811
+    """`call` in a copy of that world."""
+    shutil.copytree(world, tmp_path, dirs_exist_ok=True)
+    return lambda *arguments: call("sst", *arguments)
+
+
+def test_a_test_image_that_breaks_inside_ends_the_run_before_it_trains(trained):
+    content = bytearray(Path("7.png").read_bytes())
+    content[-20] ^= 255  # a checksum is wrong, the end is right
+    Path("7.png").write_bytes(content)
+    common.open_image("7.png", decode=False)
+    status, out, error = trained(*FLAGS, "--out", "new")
+    assert status == 2 and "7.png cannot be read" in error.splitlines()[-1], error
+    assert "epoch" not in out and not Path("new").exists()
+
+
+def table():
+    with open("run/predictions.csv", encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_predictions_of_files_and_folders_are_one_table(trained):
+    mine = Path("mine/deeper")
+    mine.mkdir(parents=True)
+    Image.open("6.png").save(mine / "a, b é.png")
+    Image.open("7.png").save("mine/c.png")
+    (mine / ".hidden").write_text("x")
+    (mine / "broken.jpg").write_text("x")
+    asked = ["6.png", "nowhere.png", "mine"]
+    status, out, error = trained("--predict", *asked, "--resume", "run/last.pt")
+    assert status == 2 and error.count("\n") == 1, error
+    assert "nowhere.png" in error and "broken.jpg" in error and ".hidden" not in error
+    head, *rows = table()
+    assert head == ["path", "hot dog", "кошка", "100%_wool"]
+    assert [row[0] for row in rows] == ["6.png", "mine/c.png", "mine/deeper/a, b é.png"]
+    assert out.count("кошка 0.") == 3 and "mine/c.png: " in out
+    # the same numbers as --eval has for the same image
+    Path("test.csv").write_text("6.png,hot dog\n")
+    assert trained("--eval", "--resume", "run/last.pt")[0] == 0
+    saved = np.load("run/predictions.npz")
+    assert saved["classes"].tolist() == head[1:] and saved["labels"].tolist() == [[1, -1, -1]]
+    expected = 1 / (1 + np.exp(-saved["logits"][0]))
+    np.testing.assert_allclose([float(x) for x in rows[0][1:]], expected, atol=1e-5)
+    status, _, error = trained("--predict", "mine/c.png", "--resume", "run/last.pt")
+    assert status == 0 and not error and len(table()) == 2
+
+
+def test_names_that_the_terminal_has_no_letters_for_do_not_end_the_program(trained, monkeypatch):
+    shutil.copy("6.png", "猫.png")
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "argv", "sst.py --predict 猫.png --resume run/last.pt".split())
+    common.run_script(sst.main)
+    terminal.flush()
+    out = terminal.buffer.getvalue()
+    assert rb"\u732b.png: " in out and rb"\u043a\u043e\u0448\u043a\u0430 0." in out
+    assert table()[1][0] == "猫.png"
+
+
+def test_pictures_number_the_classes_that_their_font_cannot_write(tmp_path, monkeypatch, capsys):
+    drawn, draw = [], common.draw_bounding_boxes
+
+    def record(x, boxes, text, *more, **style):
+        drawn.extend(text)
+        return draw(x, boxes, text, *more, **style)
+
+    monkeypatch.setattr(common, "draw_bounding_boxes", record)
+    args = Namespace(out=str(tmp_path), resume=None, dry_run=False)
+    about = dict(method="sst", data="x", mask="", classes=["hot dog", "кошка", "Dürer"])
+    run = common.Run(args, about, None, model=nn.Linear(1, 1))
+    run.log.append(dict(epoch=1, mAP=1.0))
+    labels = common.likeliest(about["classes"], torch.tensor([0.1, 0.9, 0.5]), np.array([0, 1, -1]))
+    run.finish([(Image.new("RGB", (9, 9)), labels)])
+    assert drawn == ["#2 0.90", "#3 0.50", "hot dog 0.10"]
+    assert [colour for _, colour in labels] == ["green", "red", "gray"]
+    assert "by number if not ASCII" in capsys.readouterr().out
+
+
+def test_unknown_test_labels_are_gray_and_unknown_wherever_they_come(trained):
+    Path("test.csv").write_text("6.png,hot dog;-кошка\n7.png,-hot dog\n", "utf-8")
+    status, out, error = trained("--eval", "--resume", "run/last.pt")
+    assert status == 0, error
+    saved = np.load("run/predictions.npz")
+    assert saved["labels"].tolist() == [[1, -1, 0], [-1, 0, 0]]
+    order = saved["logits"][:, 0]
+    assert f"hot dog: {100 if order[0] > order[1] else 50:.2f}" in out and "100%_wool: nan" in out
+
+
+def test_more_epochs_of_a_run_say_what_to_do(trained):
+    more = ["--out", "run", "--resume", "auto", "--epochs", 9]
+    status, _, error = trained(*more)
+    assert status == 2 and "epochs was 1 and is 9 now" in error and "another --out" in error
+
+
+# --------------------------------------------------------------------------------------- weights
+
+
+def backbone():
+    return nn.Sequential(OrderedDict(body=nn.Conv2d(3, 4, 1), fc=nn.Linear(4, 10)))
+
+
+@pytest.mark.parametrize("change", ["as it is", "parallel", "headless", "other head"])
+def test_weights_of_a_backbone_load_whatever_its_head(change, tmp_path):
+    state, net = backbone().state_dict(), backbone()
+    body = state["body.weight"]
+    if change == "parallel":
+        state = {f"module.{name}": x for name, x in state.items()}
+    if change == "headless":
+        state = {name: x for name, x in state.items() if not name.startswith("fc.")}
+    if change == "other head":
+        state |= {"fc.weight": torch.zeros(20, 4), "fc.bias": torch.zeros(20)}
+    torch.save(state, tmp_path / "x.pth")
+    assert not torch.equal(net.body.weight, body)
+    common.load_weights(net, str(tmp_path / "x.pth"))
+    assert torch.equal(net.body.weight, body)
+
+
+def test_a_headless_state_dict_of_a_resnet_is_one_of_sst(tmp_path):
+    state = get_model("resnet18", weights=None).state_dict()
+    state = {f"module.{name}": x for name, x in state.items() if not name.startswith("fc.")}
+    torch.save(state, tmp_path / "x.pth")
+    frozen, trained, channels = sst.build_trunk("resnet18", str(tmp_path / "x.pth"))
+    assert channels == 512 and torch.equal(frozen[0].weight, state["module.conv1.weight"])
+    assert torch.equal(trained[0][1].conv2.weight, state["module.layer4.1.conv2.weight"])
+
+
+@pytest.mark.parametrize("name", ["body.bias", "body.more"])
+def test_other_weights_that_are_not_there_or_too_many_are_named(name, tmp_path):
+    state = backbone().state_dict()
+    state.pop(name) if name in state else state.setdefault(name, torch.zeros(1))
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=rf"x\.pth does not fit.*{name}"):
+        common.load_weights(backbone(), str(tmp_path / "x.pth"))
