@@ -6,8 +6,6 @@ Letters, everywhere: B images of a batch, C classes, D feature width, N position
 map. Bad input raises `InputError`, which `run_script` prints as one line.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json
@@ -29,16 +27,16 @@ from zipfile import ZipFile, is_zipfile
 import numpy as np
 import open_clip
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from sklearn.metrics import precision_recall_curve
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, distributed, nn
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.datasets import VOCDetection
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms import InterpolationMode, v2
-from torchvision.utils import draw_bounding_boxes, save_image
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
@@ -90,8 +88,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 def pick_device(name: str) -> torch.device:
     """The device of --device; under torchrun, joins the other processes. Only the first prints."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = name.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     with naming(f"--device {name} cannot be used; try cpu"):
         if name.startswith("cuda"):
             name = f"cuda:{TORCHRUN.get('LOCAL_RANK', name[5:] or 0)}"
@@ -111,7 +108,7 @@ def parallel(net: nn.Module, compiled: bool) -> nn.Module:
     return nn.parallel.DistributedDataParallel(net) if PROCESSES > 1 else net
 
 
-# ------------------------------------------------------------------------------- labels, data sets
+# ---------------------------------------------------------------------- labels, data sets, loading
 
 
 def hide_entries(y: np.ndarray, known: float, seed: int) -> np.ndarray:
@@ -131,28 +128,19 @@ def hide_images(y: np.ndarray, known: float, seed: int) -> np.ndarray:
     return np.where(np.isin(np.arange(len(y)), kept)[:, None], y, 0).astype(np.int8)
 
 
-def mask_hash(y: np.ndarray) -> str:
-    """First 8 hex digits of the sha256 of which entries of y are known."""
-    return hashlib.sha256(np.packbits(y != 0).tobytes()).hexdigest()[:8]
-
-
 def load_data(name: str, root: str | None, limit: int | None = None, fetch: bool = False) -> tuple:
-    """The classes, and (images, y) of the training and of the test split. images: paths or uint8
-    (images, height, width, 3); y (images, C) int8. `limit` keeps the first of each. InputError on
-    bad files, a warning on images in both."""
+    """Classes, and (images, y) of the training and the test split, of each the first `limit`.
+    images: paths or uint8 (images, height, width, 3); y (images, C). InputError on bad files."""
     if name == "toy":
         from tests import toy  # only here: the methods need nothing of it
 
         return toy.load(limit)
     need(name in DATASETS, f"--data {name} is unknown; choose from toy, {', '.join(DATASETS)}")
-    tree, load, parts, source = DATASETS[name]
+    tree, load, parts = DATASETS[name]
     if fetch:
-        download(name, root, source)
-    try:
+        download(name, root)
+    with naming(f"--data {name} needs {tree} in --root"):
         (classes, train), (_, test) = (load(Path(root or "--root"), part) for part in parts)
-    except Exception as error:  # files of any content come here
-        why = f"--data {name} needs {tree} ({type(error).__name__}: {error})"
-        raise InputError(f"{read.path} cannot be used; {why}") from None
     splits = []
     for rows in (train, test):  # path -> {class: 1, 0 or -1}; what is not there is known absent
         paths = [*rows][:limit]
@@ -176,9 +164,9 @@ COCO = {  # archive: md5
 }
 
 
-def download(name: str, root: str | None, source: str) -> None:
-    """Fetch VOC or COCO 2014 into root, by torchvision; of others an InputError says how."""
-    need(not source, f"--download cannot fetch {name}; {source}; it needs {DATASETS[name][0]}")
+def download(name: str, root: str | None) -> None:
+    """Fetch VOC or COCO 2014 into root, by torchvision."""
+    need(name != "folder", "--download cannot fetch folder: it is your own")
     need(root and PROCESSES == 1, "--download needs --root, where it goes to, and no torchrun")
     with naming(f"--download {name} failed; try again"):
         for part in DATASETS[name][2] if name != "coco" else ():
@@ -189,14 +177,14 @@ def download(name: str, root: str | None, source: str) -> None:
                 done.touch()
 
 
-def read(path: Path) -> str:
-    read.path = path  # load_data names it when it cannot be used
-    return path.read_text(encoding="utf-8-sig")  # Excel begins a csv with a BOM
+def read(path: Path, parse: Callable = str):
+    with naming(f"{path} cannot be used"):
+        return parse(path.read_text(encoding="utf-8-sig"))  # Excel begins a csv with a BOM
 
 
 def load_coco(root: Path, part: str) -> tuple:
     """COCO 2014. Any annotation counts, crowds too; images without annotation stay."""
-    spec = json.loads(read(root / "annotations" / f"instances_{part}.json"))
+    spec = read(root / "annotations" / f"instances_{part}.json", json.loads)
     names = {c["id"]: c["name"] for c in sorted(spec["categories"], key=lambda c: c["id"])}
     files = {image["id"]: f"{root / part}/{image['file_name']}" for image in spec["images"]}
     rows = {file: {} for file in files.values()}
@@ -216,21 +204,10 @@ def load_voc(root: Path, part: str) -> tuple:
     year, part = part.split()
     base, rows = root / "VOCdevkit" / f"VOC{year}", {}
     for i in read(base / "ImageSets" / "Main" / f"{part}.txt").split():
-        objects = ElementTree.fromstring(read(base / "Annotations" / f"{i}.xml")).iter("object")
+        objects = read(base / "Annotations" / f"{i}.xml", ElementTree.fromstring).iter("object")
         sure = (o for o in objects if o.findtext("difficult", "0").strip() != "1")
         rows[f"{base}/JPEGImages/{i}.jpg"] = {o.findtext("name", "").strip(): 1 for o in sure}
     return VOC_CLASSES, rows
-
-
-def load_nuswide(root: Path, part: str) -> tuple:
-    """NUS-WIDE: the concepts in the order of their label files, that is, of the alphabet."""
-    base = root / "Groundtruth" / "TrainTestLabels"
-    classes = sorted(path.name[7:-10] for path in base.glob("Labels_*_Train.txt"))
-    lines = read(root / "ImageList" / f"{part}Imagelist.txt").replace("\\", "/").split()
-    columns = [read(base / f"Labels_{name}_{part}.txt").split() for name in classes]
-    signs = ([2 * int(v) - 1 for v in row] for row in zip(*columns, strict=True))
-    rows = (dict(zip(classes, row, strict=True)) for row in signs)
-    return classes, dict(zip((f"{root}/Flickr/{x}" for x in lines), rows, strict=True))
 
 
 def load_folder(root: Path, part: str) -> tuple:
@@ -239,7 +216,7 @@ def load_folder(root: Path, part: str) -> tuple:
     it is absent."""
     names = unicodedata.normalize("NFC", read(root / "classes.txt")).splitlines()
     classes, rows, at = [*filter(None, map(str.strip, names))], {}, {}
-    need(not (twice := {x for x in classes if classes.count(x) > 1}), f"{twice} is there twice")
+    need(len({*classes}) == len(classes), f"classes.txt names a class twice: {classes}")
     lines = csv.reader(read(root / f"{part}.csv").splitlines())
     for line in filter(None, lines):
         path = os.path.normpath(root / line[0].replace("\\", "/"))
@@ -247,23 +224,101 @@ def load_folder(root: Path, part: str) -> tuple:
         signs = [(x.removeprefix("-"), -1 if x[0] == "-" else 1) for x in labels if x]
         rows[path], n = dict(signs), lines.line_num
         odd = [name for name, sign in signs if name not in classes or rows[path][name] != sign]
-        rule = f"line {n} is not path,label;label;-label with labels of classes.txt"
-        need(len(line) == 2 and not odd, f"{rule}: {odd or line}")
-        need(at.setdefault(path, n) == n, f"line {n} is of the image of line {at[path]}, {path}")
+        here, rule = f"{part}.csv line {n}", "path,label;label;-label with labels of classes.txt"
+        need(len(line) == 2 and not odd, f"{here} is not {rule}: {odd or line}")
+        need(at.setdefault(path, n) == n, f"{here} is of the image of line {at[path]}, {path}")
     if part == "train" or any(-1 in row.values() for row in rows.values()):
         rows = {path: dict.fromkeys(classes, 0) | row for path, row in rows.items()}
     return classes, rows
 
 
 VOC = "VOCdevkit/VOC20{07,12}/{Annotations,ImageSets/Main,JPEGImages}"
-DATASETS = {  # name: tree under --root; what loads a part: classes, rows; parts; no --download, why
-    "coco": ("annotations/, train2014/, val2014/", load_coco, ("train2014", "val2014"), ""),
-    "voc2007": (VOC, load_voc, ("2007 trainval", "2007 test"), ""),
-    "voc2012": (VOC, load_voc, ("2012 train", "2012 val"), ""),
-    "nuswide": ("ImageList/, Groundtruth/TrainTestLabels/, Flickr/*/*.jpg", load_nuswide,
-                ("Train", "Test"), "ask at lms.comp.nus.edu.sg/wp-content/uploads/2019, 30 GB"),
-    "folder": ("train.csv, test.csv, classes.txt", load_folder, ("train", "test"), "it's your own"),
-}  # fmt: skip
+DATASETS = {  # name: tree under --root; what loads a part: root, part -> classes, rows; parts
+    "coco": ("annotations/, train2014/, val2014/", load_coco, ("train2014", "val2014")),
+    "voc2007": (VOC, load_voc, ("2007 trainval", "2007 test")),
+    "voc2012": (VOC, load_voc, ("2012 train", "2012 val")),
+    "folder": ("train.csv, test.csv, classes.txt", load_folder, ("train", "test")),
+}
+
+
+def open_image(item: str | np.ndarray, decode: bool = True) -> Image.Image:
+    """An RGB image, upright and on white, of a file or uint8 array. Unless `decode`, a JPEG or PNG
+    that ends as such files do is taken for whole and left."""
+    if isinstance(item, np.ndarray):
+        return Image.fromarray(item)
+    with naming(f"image {item} cannot be read; replace or remove it"), Image.open(item) as image:
+        need(image.mode not in ("I", "F"), "32 bits a pixel have no known range; use 8 or 16")
+        with open(item, "rb") as file:
+            file.seek(-8, os.SEEK_END)
+            if not decode and file.read().endswith((b"\xff\xd9", b"IEND\xaeB`\x82")):
+                return image
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits, of which cameras and scanners may use 12
+            x = np.asarray(image)
+            image = Image.fromarray(np.uint8(x >> max(0, int(x.max()).bit_length() - 8)))
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert("RGB")
+
+
+def make_transform(size: int, crops: Sequence[int] = ()) -> v2.Transform:
+    """PIL image -> uint8 (3, size, size), bicubic, the aspect not kept. With `crops`: resize to
+    512, random crop, resize to 448, flip (SST, "Implementation Details"), all times size / 448."""
+    full, bicubic = round(512 * size / 448), InterpolationMode.BICUBIC
+    steps = [v2.Resize((size, size), bicubic), v2.ToImage()]
+    if crops:
+        crop = v2.RandomChoice([v2.RandomCrop(min(full, round(c * size / 448))) for c in crops])
+        steps[:1] = v2.Resize((full, full), bicubic), crop, steps[0], v2.RandomHorizontalFlip()
+    return v2.Compose(steps)
+
+
+def normalise(x: Tensor, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32, on x's device: what travels there is a quarter the size."""
+    x = v2.functional.normalize(x / 255, mean, std)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class ImageDataset(Dataset):
+    """Items (*views, y (C,), index), one uint8 view by each of `transforms`."""
+
+    def __init__(self, images: Sequence, y: np.ndarray, *transforms: v2.Transform) -> None:
+        self.images, self.y, self.transforms = images, torch.as_tensor(y), transforms
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, i: int) -> tuple:
+        image = open_image(self.images[i])
+        return *(transform(image) for transform in self.transforms), self.y[i], i
+
+
+def make_loader(data: Dataset, args: Namespace, train: bool = False, size: int = 0) -> DataLoader:
+    """Of training: shuffled, without a smaller last batch, since batch statistics want whole ones.
+    Under torchrun each process has its part of a batch; test images come once over all."""
+    size = size or args.batch_size
+    need(size % PROCESSES == 0, f"{PROCESSES} processes cannot share {size} images")
+    whole, sampler = train and len(data) >= size, None
+    if PROCESSES > 1:
+        rest = range(RANK, len(data), PROCESSES)
+        sampler = DistributedSampler(data, drop_last=whole) if train else rest
+    more = dict(num_workers=args.workers, drop_last=whole, pin_memory=torch.cuda.is_available())
+    return DataLoader(data, size // PROCESSES, train and not sampler, sampler, **more)
+
+
+@torch.no_grad()
+def outputs(forward: Callable, loader: DataLoader, device, bf16: bool = False) -> list[Tensor]:
+    """The tensors (B, ...) of forward(images) of all batches and processes: (images, ...), CPU."""
+    found = []
+    for images, _, index in tqdm(loader, "scores", leave=False, disable=None):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            found.append((index, *(x.cpu() for x in forward(images.to(device)))))
+    everyone = [found] * PROCESSES
+    if PROCESSES > 1:
+        distributed.all_gather_object(everyone, found)
+    index, *values = (torch.cat(v) for v in zip(*sum(everyone, []), strict=True))
+    assert index.sort().values.equal(torch.arange(len(index))), "each image must come exactly once"
+    return [v[index.argsort()] for v in values]
 
 
 # -------------------------------------------------------------------------------------------- CLIP
@@ -272,8 +327,7 @@ DATASETS = {  # name: tree under --root; what loads a part: classes, rows; parts
 def load_clip(arch: str, weights: str, size: int) -> tuple[nn.Module, Callable]:
     """open_clip's CLIP for images of `size` pixels, and its tokenizer. arch: a name of open_clip,
     hf-hub:ORG/NAME, or local-dir:FOLDER, looked for here and beside this file. weights: "default"
-    (OpenAI's, or the folder's), "none", a tag of open_clip, or a file. OpenAI's need QuickGELU; in
-    a file they are known as theirs only as TorchScript, not once converted."""
+    (OpenAI's, the folder's), "none", a tag of open_clip, or a file (OpenAI's, as TorchScript)."""
     scheme, colon, folder = arch.partition(":")
     if scheme == "local-dir" and not Path(folder).exists():
         arch = scheme + colon + str(Path(__file__).parent / folder)
@@ -283,8 +337,8 @@ def load_clip(arch: str, weights: str, size: int) -> tuple[nn.Module, Callable]:
         spec = open_clip.get_model_config(arch)
         need(spec, "it is unknown")
         odd = {*spec["text_cfg"]} - {*"context_length vocab_size width heads layers".split()}
-        plain = not (odd or spec.get("custom_text"))
-        need(plain, f"its text tower is not as CLIP's and takes no prompts {sorted(odd)}")
+        odd |= {"custom_text"} & {*spec}
+        need(not odd, f"its text tower is not as CLIP's and takes no prompts {sorted(odd)}")
         script = is_zipfile(weights) and "/constants.pkl" in str(ZipFile(weights).namelist())
         quick = script or open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu")
         need(spec.get("quick_gelu") or not quick, "OpenAI's weights need QuickGELU: -quickgelu")
@@ -301,13 +355,9 @@ def load_clip(arch: str, weights: str, size: int) -> tuple[nn.Module, Callable]:
         else:
             table = getattr(visual, "attnpool", visual).positional_embedding
             table.data = resample_abs_pos_embed(table.data[None], [size // side] * 2)[0]
-        with naming("its tower pools neither as OpenAI's do nor by a mean over a map"):
-            names = [name for name, _ in visual.named_parameters()]
-            learned = [name for name in names if "_pool." in name or "head.pool." in name]
-            need(not learned, f"it has {learned[:1]}")
-            f, u = clip_features(visual, torch.zeros(1, 3, size, size, dtype=torch.uint8))
-            fits = f.ndim == 2 and u.shape[1] == (size // side) ** 2
-            need(fits, f"its features are {[*f.shape]} and {[*u.shape]}")
+        u = clip_features(visual, torch.zeros(1, 3, size, size, dtype=torch.uint8))[1]
+        fits = u.shape[1] == (size // side) ** 2
+        need(fits, f"its tower has {u.shape[1]} features, no map of {size // side} by as many")
         return net, open_clip.get_tokenizer(arch)
 
 
@@ -349,90 +399,6 @@ def prompt_tokens(tokenize: Callable, prompt: str, names: list[str]) -> Tensor:
     """Tokens (len(names), context length) of the prompt with each name in the place of {}."""
     need(all(map(str.strip, names)), f"a class has no name for CLIP to read: {names}")
     return tokenize([prompt.format(name.replace("_", " ")) for name in names])
-
-
-# ----------------------------------------------------------------------------------------- loading
-
-
-def open_image(item: str | np.ndarray, decode: bool = True) -> Image.Image:
-    """An RGB image, upright and on white, of a file or uint8 array. Unless `decode`, a JPEG or PNG
-    that ends as such files do is taken for whole and left."""
-    if isinstance(item, np.ndarray):
-        return Image.fromarray(item)
-    with naming(f"image {item} cannot be read; replace or remove it"), Image.open(item) as image:
-        need(image.mode not in ("I", "F"), "32 bits a pixel have no known range; use 8 or 16")
-        with open(item, "rb") as file:
-            file.seek(-8, os.SEEK_END)
-            if not decode and file.read().endswith((b"\xff\xd9", b"IEND\xaeB`\x82")):
-                return image
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, of which cameras and scanners may use 12
-            x = np.asarray(image)
-            image = Image.fromarray(np.uint8(x >> max(0, int(x.max()).bit_length() - 8)))
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return image.convert("RGB")
-
-
-def make_transform(size: int, crops: Sequence[int] = ()) -> v2.Transform:
-    """PIL image -> uint8 (3, size, size), bicubic, the aspect not kept. With `crops`: resize to
-    512, random crop, resize to 448, flip (SST, "Implementation Details"), all times size / 448."""
-    full, bicubic = round(512 * size / 448), InterpolationMode.BICUBIC
-    steps = [v2.Resize((size, size), bicubic), v2.ToImage()]
-    if crops:
-        crop = v2.RandomChoice([v2.RandomCrop(min(full, round(c * size / 448))) for c in crops])
-        steps[:1] = v2.Resize((full, full), bicubic), crop, steps[0], v2.RandomHorizontalFlip()
-    return v2.Compose(steps)
-
-
-def normalise(x: Tensor, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32, on x's device: what travels there is a quarter the size."""
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (mean, std))
-    return ((x / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-
-
-class ImageDataset(Dataset):
-    """Items (*views, y (C,), index), one uint8 view by each of `transforms`."""
-
-    def __init__(self, images: Sequence, y: np.ndarray, *transforms: v2.Transform) -> None:
-        self.images, self.y, self.transforms = images, torch.as_tensor(y), transforms
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def __getitem__(self, i: int) -> tuple:
-        image = open_image(self.images[i])
-        return *(transform(image) for transform in self.transforms), self.y[i], i
-
-
-def make_loader(data: Dataset, args: Namespace, train: bool = False, size: int = 0) -> DataLoader:
-    """Of training: shuffled, without a smaller last batch, since batch statistics want whole ones.
-    Under torchrun each process has its part of a batch; test images come once over all."""
-    size, sampler = size or args.batch_size, None
-    need(size % PROCESSES == 0, f"{PROCESSES} processes cannot share {size} images")
-    whole = train and len(data) >= size
-    if PROCESSES > 1 and train:
-        sampler = DistributedSampler(data, drop_last=whole)
-    elif PROCESSES > 1:
-        data = Subset(data, range(RANK, len(data), PROCESSES))
-    more = dict(num_workers=args.workers, drop_last=whole, pin_memory=torch.cuda.is_available())
-    return DataLoader(data, size // PROCESSES, train and not sampler, sampler, **more)
-
-
-@torch.no_grad()
-def outputs(forward: Callable, loader: DataLoader, device, bf16: bool = False) -> list[Tensor]:
-    """The tensors (B, ...) of forward(images) of all batches and processes: (images, ...), CPU."""
-    found = []
-    for images, _, index in tqdm(loader, "scores", leave=False, disable=None):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            found.append((index, *(x.cpu() for x in forward(images.to(device)))))
-    everyone = [found] * PROCESSES
-    if PROCESSES > 1:
-        distributed.all_gather_object(everyone, found)
-    index, *values = (torch.cat(v) for v in zip(*sum(everyone, []), strict=True))
-    assert index.sort().values.equal(torch.arange(len(index))), "each image must come exactly once"
-    return [v[index.argsort()] for v in values]
 
 
 # ----------------------------------------------------------------------------------------- metrics
@@ -551,12 +517,10 @@ def load_task(args: Namespace, state: dict | None, method: str, hide: Callable) 
         truth = np.where((truth == 0) & truth.any(1, keepdims=True), np.int8(-1), truth)
     y = hide(truth, args.known, args.mask_seed)
     need(args.eval or y.any(), f"--known {args.known} leaves none of {y.size} labels known")
-    always = [name for name, c in zip(classes, truth.T, strict=True) if 1 in c and -1 not in c]
-    if always and not args.eval:
-        todo = "add -label entries, or --complete if what a line leaves out is absent"
-        need(-1 in truth, f"no label of train.csv is known absent, so all seem to be there; {todo}")
-        print(f"warning: no image is known to be without {always}; {todo}", file=sys.stderr)
-    about = dict(method=method, classes=classes, data=args.data, mask=mask_hash(y))
+    todo = "add -label entries, or --complete if what a line leaves out is absent"
+    need(args.eval or -1 in truth, f"no label of the training images is known absent; {todo}")
+    mask = hashlib.sha256(np.packbits(y != 0).tobytes()).hexdigest()[:8]
+    about = dict(method=method, classes=classes, data=args.data, mask=mask)
     about |= {name: getattr(args, name) for name in ("epochs", "lr", "batch_size")}
     for name in (["classes"] if args.eval else about) if state else ():
         was = f"--resume: {name} was {state[name]} and is {about[name]} now"
@@ -623,36 +587,34 @@ class Run:
             (self.out / "log.jsonl").write_text(lines)
 
     def finish(self, cells: Sequence[tuple]) -> None:
-        """Print the metrics of the last epoch and of the best one on test, and draw samples.png:
-        cells of an image and lines of (text, colour), six in a row."""
+        """Print the metrics of the last and of the best epoch, and draw samples.png: cells of an
+        image and lines of (class, probability, colour), six in a row."""
         epochs = [entry for entry in self.log if entry.get("epoch")]
         best = max(epochs, key=lambda entry: entry["mAP"] or 0)
         print("| % | last epoch | best on test (what most papers report) |\n| --- | --- | --- |")
         for name in (name for name in best if name[0] in "OCm"):
             print(f"| {name} | {epochs[-1][name] or 0:.2f} | {best[name] or 0:.2f} |")
-        drawn, names, look = [], self.about["classes"], dict(label_colors="white", fill_labels=True)
+        drawn, classes = [], self.about["classes"]
         for image, lines in cells if not self.silent else ():
-            x = v2.functional.pil_to_tensor(image.resize((176, 176)))
-            boxes = torch.tensor([[0, 12 * n, 1, 12 * n + 1] for n in range(len(lines))])
-            parts = (label.rpartition(" ") for label, _ in lines)  # the font has ASCII alone
-            text = [f"{c if c.isascii() else f'#{names.index(c) + 1}'} {p}" for c, _, p in parts]
-            x = draw_bounding_boxes(x, boxes, text, [k for _, k in lines], **look) if lines else x
-            drawn.append(x / 255)
+            draw = ImageDraw.Draw(image := image.resize((176, 176)))
+            for n, (c, p, colour) in enumerate(lines):  # the font may lack other letters
+                text = f"{classes[c] if classes[c].isascii() else f'#{c + 1}'} {p:.2f}"
+                draw.text((3, 13 * n), text, "white", stroke_width=2, stroke_fill=colour)
+            drawn.append(v2.functional.pil_to_tensor(image) / 255)
         if drawn:
             save_image(drawn, self.out / "samples.png", nrow=6)
             print(f"likely labels, green if there, by number if not ASCII: {self.out}/samples.png")
 
 
-def likeliest(classes: Sequence[str], p: Tensor, y: np.ndarray | None = None) -> list[tuple]:
-    """(label and probability, colour) of the 5 highest of p (C,): green in y (C,), red not."""
-    colours = ["gray"] * len(p) if y is None else [("gray", "green", "red")[k] for k in y]
-    return [(f"{classes[c]} {p[c]:.2f}", colours[c]) for c in p.topk(min(5, len(p))).indices]
+def likeliest(p: Tensor, y: Sequence[int]) -> list[tuple]:
+    """(c, p[c], colour) of the 5 highest of p (C,): green where y (C,) is 1, red where it is -1."""
+    return [(c, p[c], ("gray", "green", "red")[y[c]]) for c in p.topk(min(5, len(p))).indices]
 
 
-def test_cells(classes: Sequence[str], test: tuple, logits: Tensor) -> list[tuple]:
+def test_cells(test: tuple, logits: Tensor) -> list[tuple]:
     """For samples.png: the first test images (images, y) with their likeliest labels."""
     some = zip(test[0][:18], torch.sigmoid(logits), test[1], strict=False)
-    return [(open_image(image), likeliest(classes, *more)) for image, *more in some]
+    return [(open_image(image), likeliest(*more)) for image, *more in some]
 
 
 def report(args: Namespace, classes: Sequence[str], y: np.ndarray, logits: Tensor) -> None:
@@ -669,12 +631,13 @@ def predict(score: Callable, net: nn.Module, args: Namespace, state: dict) -> No
     """--predict: the five likeliest labels of each image, also of those in folders; all go into
     predictions.csv beside last.pt. score: images -> logits, by net."""
     load_weights(net, state["model"])
-    view, device, failed, paths = make_transform(args.size), next(net.parameters()).device, [], []
+    view, device = make_transform(args.size), next(net.parameters()).device
+    classes, failed, paths = state["classes"], [], []
     for path in args.predict:
         paths += sorted(x for x in Path(path).rglob("[!.]*") if x.is_file()) or [path]
     with open(Path(args.out, "predictions.csv"), "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["path", *state["classes"]])
+        table.writerow(["path", *classes])
         for path in paths:
             try:
                 p = torch.sigmoid(score(view(open_image(path))[None].to(device)))[0].cpu()
@@ -682,5 +645,6 @@ def predict(score: Callable, net: nn.Module, args: Namespace, state: dict) -> No
                 failed.append(str(error))
             else:
                 table.writerow([path, *p.tolist()])
-                print(f"{path}:", ", ".join(text for text, _ in likeliest(state["classes"], p)))
+                best = likeliest(p, [0] * len(p))
+                print(f"{path}:", ", ".join(f"{classes[c]} {x:.2f}" for c, x, _ in best))
     need(not failed, "; ".join(failed))

@@ -399,7 +399,7 @@ def main() -> None:
         metrics, logits = evaluate(net, test_loader, test[1], bf16)
         scheduler.step()
         run.end(entry | metrics, prototypes=prototypes)
-    run.finish(common.test_cells(classes, test, logits))
+    run.finish(common.test_cells(test, logits))
 
 
 if __name__ == "__main__":

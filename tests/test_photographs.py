@@ -227,21 +227,20 @@ def test_names_that_the_terminal_has_no_letters_for_do_not_end_the_program(train
 
 
 def test_pictures_number_the_classes_that_their_font_cannot_write(tmp_path, monkeypatch, capsys):
-    drawn, draw = [], common.draw_bounding_boxes
+    drawn, draw = [], common.ImageDraw.ImageDraw.text
 
-    def record(x, boxes, text, *more, **style):
-        drawn.extend(text)
-        return draw(x, boxes, text, *more, **style)
+    def record(self, at, text, *more, **style):
+        drawn.append((text, style["stroke_fill"]))
+        return draw(self, at, text, *more, **style)
 
-    monkeypatch.setattr(common, "draw_bounding_boxes", record)
+    monkeypatch.setattr(common.ImageDraw.ImageDraw, "text", record)
     args = Namespace(out=str(tmp_path), resume=None, dry_run=False)
     about = dict(method="sst", data="x", mask="", classes=["hot dog", "кошка", "Dürer"])
     run = common.Run(args, about, None, model=nn.Linear(1, 1))
     run.log.append(dict(epoch=1, mAP=1.0))
-    labels = common.likeliest(about["classes"], torch.tensor([0.1, 0.9, 0.5]), np.array([0, 1, -1]))
+    labels = common.likeliest(torch.tensor([0.1, 0.9, 0.5]), np.array([0, 1, -1]))
     run.finish([(Image.new("RGB", (9, 9)), labels)])
-    assert drawn == ["#2 0.90", "#3 0.50", "hot dog 0.10"]
-    assert [colour for _, colour in labels] == ["green", "red", "gray"]
+    assert drawn == [("#2 0.90", "green"), ("#3 0.50", "red"), ("hot dog 0.10", "gray")]
     assert "by number if not ASCII" in capsys.readouterr().out
 
 

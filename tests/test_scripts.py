@@ -188,7 +188,6 @@ BAD = [
     ("--data coco --download", "--root"),
     ("--data coco --root nowhere", "nowhere"),
     ("--data voc2007 --root nowhere", "nowhere"),
-    ("--data nuswide --root .", "Groundtruth"),
     ("--arch nosuch", "nosuch"),
     ("--weights nowhere.pth", "nowhere.pth"),
     ("--epochs 0", "--epochs"),
