@@ -329,6 +329,12 @@ def clip_features(visual: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return normalize(f.float(), dim=-1), normalize(u.float(), dim=-1)
 
 
+def last_stage(visual: nn.Module, projection_only: bool = False) -> list[nn.Parameter]:
+    """The parameters of an image tower's last stage and of what follows, or of what ends it."""
+    parts = [visual.attnpool.c_proj] if projection_only else [visual.layer4, visual.attnpool]
+    return [p for part in parts for p in part.parameters()]
+
+
 def prompt_tokens(tokenize: Callable, prompt: str, names: list[str]) -> Tensor:
     """Tokens (len(names), context length) of the prompt with each name in the place of {}."""
     need(all(map(str.strip, names)), f"a class has no name for CLIP to read: {names}")
