@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
 import common
 import scinet
 from common import InputError
-from tests import toy
+from tests import fusion, toy
 from tests.conftest import double, random_images, random_labels, unit
 
 B, C, D, N = 4, 5, 8, 9
@@ -240,6 +241,20 @@ def test_hidden_map_counts_what_nobody_knows_nowhere(rng):
     assert scinet.hidden_map(other, y, truth) == value
 
 
+def test_probe_of_the_fusion_table_is_sklearns_class_by_class(rng):
+    f, y = unit(rng, 300, 12).float(), random_labels(rng, 300, 4)
+    y[:, 3] = -y[:, 3].abs()  # without a positive
+    for c in (10, 1, 0.1):
+        ours = fusion.probe(f, y, c)
+        for k in range(3):
+            known = y[:, k] != 0
+            model = LogisticRegression(C=c, tol=1e-8, max_iter=1000)
+            model.fit(f[known].numpy(), (y[known, k] == 1).numpy())
+            expected = torch.tensor(model.predict_proba(f.numpy())[:, 1])
+            torch.testing.assert_close(ours[:, k].double(), expected.double(), rtol=0, atol=1e-3)
+        assert not ours[:, 3].any()
+
+
 # ------------------------------------------------------------------------------------- consistency
 
 
@@ -345,7 +360,7 @@ def test_scores_are_a_running_mean_over_the_views_that_nothing_was_erased_from(r
 
 def test_both_halves_move_in_a_toy_run(monkeypatch, tmp_path):
     """At the rates of the recipe; smaller images and batches, so that it is a short run."""
-    flags = "--weights default --limit 320 --known 0.1 --epochs 4"
+    flags = "--weights default --limit 160 --known 0.1 --epochs 4 --no-augment"
     state = train(flags, monkeypatch, tmp_path / "run")["model"]
     images, _, _ = toy.scenes(40, 3)
     _, net = small_net("--size 64", "default")
