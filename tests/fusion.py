@@ -84,7 +84,9 @@ def probe(f: torch.Tensor, y: torch.Tensor, c: float) -> torch.Tensor:
     unit = (1 + c / 4 * known.mean() * x.square().sum(0)).rsqrt()
     w = torch.zeros(x.shape[1], y.shape[1], requires_grad=True)
     bias = ((present.sum(0) + 0.5) / (known.sum(0) + 1)).logit().requires_grad_()
-    how = dict(max_iter=200, history_size=20, tolerance_grad=1e-4 * c, tolerance_change=0)
+    # sklearn stops at a gradient of 1e-4 a known entry
+    how = dict(max_iter=200, history_size=20, tolerance_change=0)
+    how["tolerance_grad"] = 1e-6 * c * known.sum(0).mean().item()
     optimizer = torch.optim.LBFGS([w, bias], line_search_fn="strong_wolfe", **how)
 
     def closure():
