@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What the three scripts share: labels and their hiding, data sets, loading, CLIP, metrics, runs.
 
-Labels, everywhere: an int8 array y (images, C); +1 known present, 0 unknown, -1 known absent.
-Letters, everywhere: B images of a batch, C classes, D feature width, N positions of the feature
-map. Bad input raises `InputError`, which `run_script` prints as one line.
+Everywhere labels are an int8 array y (images, C): +1 known present, 0 unknown, -1 known absent; B
+images of a batch, C classes, D feature width, N positions of a map. Bad input is an `InputError`.
 """
 
 import csv
@@ -114,8 +113,8 @@ def parallel(net: nn.Module, compiled: bool) -> nn.Module:
 def hide_entries(y: np.ndarray, known: float, seed: int) -> np.ndarray:
     """Hide single labels: (i, c) stays iff RandomState(seed).random_sample(y.shape)[i, c] < known.
     y (images, C) in {1, 0, -1}, known in (0, 1] -> new int8 array, hidden entries 0. With seed 0
-    and rows in the official order this is the mask the SST authors published (Chen et al., AAAI
-    2022); masks of one seed are nested: what 10 % leave known, 50 % leave known.
+    and rows in the official order this is the mask the SST authors published (AAAI 2022); masks of
+    one seed are nested.
     """
     keep = np.random.RandomState(seed).random_sample(y.shape) < known
     return np.where(keep, y, 0).astype(np.int8)
@@ -211,9 +210,8 @@ def load_voc(root: Path, part: str) -> tuple:
 
 
 def load_folder(root: Path, part: str) -> tuple:
-    """The user's own: lines `path,label;label;-label` in train.csv and test.csv, classes.txt.
-    `-label` is known absent. What a line leaves out is unknown; in a test.csv without any `-label`
-    it is absent."""
+    """The user's own: lines `path,label;label;-label`; `-label` is known absent. What a line leaves
+    out is unknown; in a test.csv without any `-label` it is absent."""
     names = unicodedata.normalize("NFC", read(root / "classes.txt")).splitlines()
     classes, rows, at = [*filter(None, map(str.strip, names))], {}, {}
     need(len({*classes}) == len(classes), f"classes.txt names a class twice: {classes}")
@@ -385,8 +383,11 @@ def clip_features(visual: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return normalize(f.float(), dim=-1), normalize(u.float(), dim=-1)
 
 
-def last_stage(visual: nn.Module) -> list[nn.Parameter]:
-    """The parameters of an image tower's last stage and of all that comes after it."""
+def last_stage(visual: nn.Module, projection_only: bool = False) -> list[nn.Parameter]:
+    """Parameters of an image tower's last stage and of all after it, or of its projection only."""
+    if projection_only:
+        ends = ("proj", "head.", "attnpool.c_proj.")
+        return [p for name, p in visual.named_parameters() if name.startswith(ends)]
     if trunk := getattr(visual, "trunk", None):
         stage = trunk.get_submodule(trunk.feature_info[-1]["module"])
     else:

@@ -35,7 +35,7 @@ ROWS = {
         "without contexts": ("--no-context", (0.05, 0.2)),
         "one prompt": ("--one-prompt", (0.05, 0.2)),
         "one threshold for all classes": ("--global-threshold", (0.05, 0.2)),
-        "contexts with a fifth of the weight": ("--lambda-c 0.1", (0.05,)),
+        "an undecided band": ("--band", (0.05, 0.2)),
     },
     "scinet": {
         "known labels only": ("--no-augment", (0.1, 0.3, 0.5)),
@@ -50,8 +50,12 @@ ROWS = {
 
 # row: key in the log's line of epoch 0, which is there before anything was trained
 ZERO_SHOT = {
-    "cbsa": {"zero-shot CLIP": "mAP", "zero-shot, label-specific": "mAP_label_specific"},
-    "scinet": {"zero-shot CLIP": "mAP"},
+    "cbsa": {
+        "zero-shot CLIP": "mAP_image",
+        "zero-shot, local features alone": "mAP_local",
+        "zero-shot, mix": "mAP",
+    },
+    "scinet": {"zero-shot, mix": "mAP"},
 }
 
 

@@ -80,11 +80,11 @@ def sst_step(C: int = 80, trunk: str = "all"):
     net = place(sst.build(args, classes_of(C), sst.cooccurrence(partial_labels(2000, C))))
     optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=True)
     images, index = torch.randint(256, (B, 3, size, size), dtype=torch.uint8), torch.arange(B)
-    prototypes, truth = place(torch.randn(C, width)), partial_labels(B, C, 1)
+    net.prototypes, truth = place(torch.randn(C, width)), place(partial_labels(B, C, 1))
 
     def step():  # epoch 20: both thresholds let pseudo-labels through
         batches = [(images, y, index)]
-        sst.train_one_epoch(net, batches, optimizer, prototypes, truth, 20, args)
+        sst.train_one_epoch(net, batches, optimizer, truth, 20, args)
 
     def floor():
         frozen, trained, channels = sst.build_trunk(arch, "none", trunk)
@@ -120,7 +120,7 @@ def optimizing(net: nn.Module, lr: float):
 def cbsa_step(C: int = 80):
     B = 32 if cuda else 8
     args = cbsa.parse_args(clip_flags().split())[0]
-    net = place(cbsa.build(args, classes_of(C), 10))
+    net = place(cbsa.build(args, classes_of(C), torch.eye(10).repeat(C // 10, 1)))
     decay = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
     teacher = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=decay)
     images, index = torch.randint(256, (B, 3, 224, 224), dtype=torch.uint8), torch.arange(B)
@@ -132,7 +132,7 @@ def cbsa_step(C: int = 80):
         cbsa.train_one_epoch(net, teacher, halves, 1, *more)
 
     def floor():
-        v = cbsa.build(args, classes_of(C), 10).visual
+        v = cbsa.build(args, classes_of(C), net.member).visual
         last = nn.Sequential(v.layer4, v.attnpool)
         return bare(Early(v), last, [images], v.output_dim, C, common.normalise)
 
@@ -145,7 +145,8 @@ def scinet_step(C: int = 80):
     net = place(scinet.build(args, classes_of(C)))
     views = [torch.randint(256, (B, 3, 224, 224), dtype=torch.uint8) for _ in range(3)]
     y, index, p = partial_labels(B, C), torch.arange(B), torch.rand(B, C)
-    memory = dict(p=p, s=p.clone(), count=torch.ones(C, dtype=torch.long), sharp=torch.eye(C))
+    memory = dict(p=p, s=p.clone(), seen=torch.ones(B, 1), sharp=torch.eye(C))
+    memory["count"] = torch.ones(C, dtype=torch.long)
     more = *optimizing(net, args.lr), memory, partial_labels(B, C, 1), 5, args
 
     def step():
@@ -241,7 +242,7 @@ def fusion(n: int, C: int = 80, K: int = 10):
     y, s = partial_labels(n, C), torch.rand(n, C)
     where = torch.stack((torch.arange(n).repeat_interleave(K), torch.randint(n, (n * K,))))
     a_n = torch.sparse_coo_tensor(where, torch.full((n * K,), 1 / K), (n, n)).to_sparse_csr()
-    a_q = scinet.label_graph(y, 20, 5)
+    a_q = scinet.label_graph(torch.where(y == 0, s, (y == 1).float()), 5)
     return lambda: scinet.fuse(s, y, a_n, a_q, 1.0, 0.1)
 
 

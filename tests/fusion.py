@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: MIT
 """SCINet's fusion by itself on real labels; run by hand, prints a Markdown table.
 
-    python tests/fusion.py --data coco --root DIR [--weights FILE] [--known 0.1 0.3 0.5]
+    python tests/fusion.py --root DIR --weights FILE [--known 0.1 0.3 0.5] [--lambda-n 0.1 0.3 1]
+    python tests/fusion.py --root DIR --clip local-dir:FOLDER --size 160 --c
 
-Hides label entries of the training images, scores the images by a linear probe that a MobileNetV2
-feeds and that learned the known entries, and gives the mAP of the hidden entries before and after
-the confidence update, mean and standard deviation over the mask seeds. C is the inverse of the
-probe's regularisation.
+Hides label entries of the training images and gives the mAP of the hidden entries before and after
+the confidence update, by the script's lambdas and by the paper's, mean and standard deviation over
+the mask seeds. S, what is updated, is of each kind: the probabilities of linear probes (C is the
+inverse of their regularisation) that a MobileNetV2 feeds and that learned the known entries, and,
+with --clip, the plain scores of a CLIP that learned nothing but the prior of each class. The
+neighbours are those of the features that S comes from.
+
+Features are kept in --cache, one file for each network, size and data set. A probe is what
+sklearn's LogisticRegression finds class by class, but all classes at once, known entries by a mask,
+in the basis of the features' principal components, where few steps of L-BFGS reach it.
 """
 
 import argparse
+import hashlib
 import statistics
 import sys
 from collections import defaultdict
@@ -18,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
+from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,66 +35,114 @@ import scinet  # noqa: E402
 import sst  # noqa: E402
 from tests.ablations import markdown_table  # noqa: E402
 
-ROWS = {  # lambda_n, lambda_q
-    "probe": (0, 0),
-    "instance graph": (1, 0),
-    "label graph": (0, 0.1),
-    "both": (1, 0.1),
-    "both, lambdas of the paper": (0.1, 0.4),
-}
+
+def features(score, images, name: str, args) -> torch.Tensor:
+    """score(uint8 images) (images, D) of all images, unit; from the cache if they are there."""
+    about = repr((name, args.data, args.root, args.size, len(images)))
+    file = args.cache / f"{hashlib.sha256(about.encode()).hexdigest()[:12]}.pt"
+    if not file.exists():
+        transform = common.make_transform(args.size)
+        data = common.ImageDataset(images, np.zeros(len(images)), transform)
+        loader = common.make_loader(data, argparse.Namespace(batch_size=64, workers=0))
+        f = common.outputs(lambda x: (score(x),), loader, torch.device("cpu"))[0]
+        args.cache.mkdir(parents=True, exist_ok=True)
+        torch.save(normalize(f, dim=-1), file)
+    return torch.load(file, weights_only=True)
+
+
+def trunk_features(images, args) -> torch.Tensor:
+    """The mean over positions of MobileNetV2's last map, (images, 1280)."""
+    frozen, trained, _ = sst.build_trunk("mobilenet_v2", args.weights)
+    trunk = torch.nn.Sequential(frozen, trained).eval()
+    score = lambda x: trunk(common.normalise(x)).mean((2, 3))  # noqa: E731
+    return features(score, images, f"mobilenet_v2 {args.weights}", args)
 
 
 @torch.no_grad()
-def features(images, size: int, weights: str) -> torch.Tensor:
-    """Unit features (images, 1280): the mean over positions of MobileNetV2's last map."""
-    frozen, trained, _ = sst.build_trunk("mobilenet_v2", weights)
-    trunk = torch.nn.Sequential(frozen, trained).eval()
-    data = common.ImageDataset(images, np.zeros(len(images)), common.make_transform(size))
-    loader = common.make_loader(data, argparse.Namespace(batch_size=64, workers=0))
-    score = lambda x: (trunk(common.normalise(x)).mean((2, 3)),)  # noqa: E731
-    f = common.outputs(score, loader, torch.device("cpu"))[0]
-    return torch.nn.functional.normalize(f, dim=-1)
+def clip_features(images, classes: list[str], args) -> tuple[torch.Tensor, torch.Tensor]:
+    """CLIP's image features (images, D) and its logits (images, C), by a photo of a {class}."""
+    clip, tokenize = common.load_clip(args.clip, "default", args.size)
+    score = lambda x: common.clip_features(clip.visual, x)[0]  # noqa: E731
+    f = features(score, images, args.clip, args)
+    tokens = common.prompt_tokens(tokenize, "a photo of a {}", classes)
+    return f, clip.logit_scale.exp() * f @ clip.encode_text(tokens, normalize=True).T
+
+
+def prior_scores(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """As scinet.py starts: the mean of a class's logits (n, C) becomes that of its known prior."""
+    prior = ((y == 1).sum(0) + 0.5) / ((y != 0).sum(0) + 1)
+    return torch.sigmoid(logits + prior.logit() - logits.mean(0))
 
 
 def probe(f: torch.Tensor, y: torch.Tensor, c: float) -> torch.Tensor:
-    """Scores (n, C) of logistic regressions, one a class, fitted to its known entries."""
-    s, x = torch.zeros(y.shape), f.numpy()
-    for k in range(y.shape[1]):
-        known, present = (y[:, k] != 0).numpy(), (y[:, k] == 1).numpy()
-        if present.any():
-            model = LogisticRegression(C=c, max_iter=200).fit(x[known], present[known])
-            s[:, k] = torch.tensor(model.predict_proba(x)[:, 1])
-    return s
+    """Scores (n, C) of logistic regressions, one a class, fitted to its known entries: the minimum
+    of |w|^2 / 2 + c sum of the cross-entropies, as sklearn's; 0 for a class without a positive."""
+    x = f - f.mean(0)  # the offset takes up the mean
+    x = x @ torch.linalg.eigh(x.T @ x).eigenvectors
+    known, present = (y != 0).float(), (y == 1).float()
+    # in units of these lengths, no direction's curvature is over 1
+    unit = (1 + c / 4 * known.mean() * x.square().sum(0)).rsqrt()
+    w = torch.zeros(x.shape[1], y.shape[1], requires_grad=True)
+    bias = ((present.sum(0) + 0.5) / (known.sum(0) + 1)).logit().requires_grad_()
+    # sklearn stops at a gradient of 1e-4 a known entry
+    how = dict(max_iter=200, history_size=20, tolerance_change=0)
+    how["tolerance_grad"] = 1e-6 * c * known.sum(0).mean().item()
+    optimizer = torch.optim.LBFGS([w, bias], line_search_fn="strong_wolfe", **how)
+
+    def closure():
+        optimizer.zero_grad()
+        logits = (x * unit) @ w + bias
+        loss = binary_cross_entropy_with_logits(logits, present, known, reduction="sum")
+        total = c * loss + (unit[:, None] * w).square().sum() / 2
+        total.backward()
+        return total
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        return torch.sigmoid((x * unit) @ w + bias) * present.any(0)
 
 
 def main() -> None:
+    ours = scinet.parse_args([])[0]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="coco")
-    parser.add_argument("--root", required=True)
+    parser.add_argument("--root", help="folder of the data set")
     parser.add_argument("--weights", default="default", help="state dict of a MobileNetV2")
+    parser.add_argument("--clip", help="--arch of a CLIP, whose plain scores are an S of their own")
     parser.add_argument("--size", type=int, default=144)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--known", type=float, nargs="+", default=[0.1, 0.3, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--c", type=float, nargs="+", default=[100, 10], help="C of the probe")
-    parser.add_argument("--kappa", type=float, default=20)
-    parser.add_argument("--related", type=int, default=5)
+    parser.add_argument("--c", type=float, nargs="*", default=[10, 1, 0.1], help="C of the probes")
+    parser.add_argument("--lambda-n", type=float, nargs="+", default=[ours.lambda_n])
+    parser.add_argument("--lambda-q", type=float, nargs="+", default=[ours.lambda_q])
+    parser.add_argument("--cache", type=Path, default=Path("runs/fusion"))
     args = parser.parse_args()
-    _, (images, labels), _ = common.load_data(args.data, args.root, args.limit)
-    f, truth = features(images, args.size, args.weights), torch.tensor(labels)
-    a_n = scinet.instance_graph(f, 10, 0.3)
-    found = defaultdict(list)
-    for c, known, seed in tqdm([*product(args.c, args.known, args.seeds)], "probes", disable=None):
-        y = torch.tensor(common.hide_entries(labels, known, seed))
-        s, a_q = probe(f, y, c), scinet.label_graph(y, args.kappa, args.related)
-        for row, (lambda_n, lambda_q) in ROWS.items():
-            p = scinet.fuse(s, y, a_n, a_q, lambda_n, lambda_q)
-            found[c, row, known].append(scinet.hidden_map(p, y, truth))
+    rows = {"S": (0, 0), "instance graph": (ours.lambda_n, 0), "label graph": (0, ours.lambda_q)}
+    rows |= {f"lambdas {n:g}, {q:g}": (n, q) for n, q in product(args.lambda_n, args.lambda_q)}
+    rows["lambdas of the paper: 0.1, 0.4"] = (0.1, 0.4)
+    classes, (images, labels), _ = common.load_data(args.data, args.root, args.limit)
+    truth, kinds, found = torch.tensor(labels), {}, defaultdict(list)
+    if args.c:
+        f = trunk_features(images, args)
+        kinds |= {f"probe, C = {c:g}": (f, lambda y, c=c: probe(f, y, c)) for c in args.c}
+    if args.clip:
+        g, logits = clip_features(images, classes, args)
+        kinds["CLIP"] = g, lambda y: prior_scores(logits, y)
+    for kind, (x, score) in kinds.items():
+        a_n = scinet.instance_graph(x, ours.neighbours, ours.sigma)
+        for known, seed in tqdm([*product(args.known, args.seeds)], kind, disable=None):
+            y = torch.tensor(common.hide_entries(labels, known, seed))
+            s = score(y)
+            a_q = scinet.label_graph(torch.where(y == 0, s, (y == 1).float()), ours.related)
+            for row, lambdas in rows.items():
+                p = scinet.fuse(s, y, a_n, a_q, *lambdas)
+                found[kind, row, known].append(scinet.hidden_map(p, y, truth))
     table = []
-    for c, row in product(args.c, ROWS):
-        values = [found[c, row, known] for known in args.known]
+    for kind, row in product(kinds, rows):
+        values = [found[kind, row, known] for known in args.known]
         pairs = [(statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for v in values]
-        table.append([f"C = {c:g}: {row}", *(f"{m:.1f} ± {spread:.1f}" for m, spread in pairs)])
+        table.append([f"{kind}: {row}", *(f"{m:.1f} ± {spread:.1f}" for m, spread in pairs)])
     header = ["mAP of hidden entries, %", *(f"{known:.0%} known" for known in args.known)]
     print(markdown_table(header, table))
 

@@ -104,7 +104,8 @@ def test_fusion_follows_the_order_and_keeps_what_is_known():
 
         def fused(s, y, f, n=n, **lambdas):
             a_n = scinet.instance_graph(f, min(3, n - 1), 0.3).double()
-            a_q = scinet.label_graph(y, 20, 5).double()
+            filled = torch.where(y == 0, s, (y == 1).double())
+            a_q = scinet.label_graph(filled, 5).double()
             return scinet.fuse(s, y, a_n, a_q, **lambdas)
 
         lambdas = dict(lambda_n=1.0, lambda_q=0.1)

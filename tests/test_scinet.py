@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
 
 import common
 import scinet
 from common import InputError
-from tests import toy
+from tests import fusion, toy
 from tests.conftest import double, random_images, random_labels, unit
 
 B, C, D, N = 4, 5, 8, 9
@@ -35,13 +37,28 @@ def test_prompt_starts_as_the_text_feature_of_clip(arch):
     torch.testing.assert_close(scinet.PromptEncoder(clip, tokens)(), expected)
 
 
-def test_ranking_at_the_start_is_clips_own(rng):
-    _, net = small_net()
+def test_ranking_at_the_start_is_clips_own_without_the_visual_half(rng):
+    _, net = small_net("--no-visual-dominant")
     images = random_images(rng, n=5)
     means = net.visual.preprocess_cfg["mean"], net.visual.preprocess_cfg["std"]
     clip = F.normalize(net.visual(common.normalise(images, *means)), dim=-1)
     torch.testing.assert_close(net(images)[0], net.gamma * clip @ net.prompt().T)
     torch.testing.assert_close(net(images)[1], clip)
+
+
+def test_logits_at_the_start_against_their_formula(rng):
+    """W is 0: one half is CLIP's cosine; beta is 1 and tau_u 0.1: the other attends."""
+    args, net = small_net()
+    images = random_images(rng, n=2)
+    f, z = common.clip_features(net.visual, images)
+    t, logits = net.prompt(), net(images)[0]
+    assert net.beta == 1 and args.tau_u == 0.1
+    for i in range(2):
+        for c in range(16):
+            attended = ((t[c] @ z[i].T / 0.1).softmax(0)[:, None] * z[i]).sum(0)
+            half = F.normalize(f[i] + attended, dim=0) @ t[c]
+            expected = net.gamma / 2 * (f[i] @ t[c] + half)
+            torch.testing.assert_close(logits[i, c], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_text_dominant_scores_against_loops(rng):
@@ -73,6 +90,7 @@ def test_halves_can_be_switched_off(rng):
         net(images)[0].square().sum().backward()
         gradients = {name: p.grad for name, p in net.named_parameters()}
         assert gradients[parameter] is None and gradients["bias"] is not None
+        assert not net.state_dict()[parameter].any()
 
 
 def test_what_learns_is_small_and_the_towers_do_not():
@@ -115,11 +133,12 @@ def test_graphs_are_symmetric_non_negative_and_contract(rng):
     check_graph(scinet.instance_graph(f, 3, 0.3).to_dense())
     far = scinet.instance_graph(f, 3, 0.01).to_dense()  # every other image is too far: weight 0
     check_graph(far)
-    y = random_labels(rng, 50, 8)
-    y[:, 0], y[:, 1] = 0, -1  # never known, never present
-    graph = scinet.label_graph(y, 5, 3)
+    p = torch.rand(50, 8, generator=rng)
+    p[:, 0], p[:, 1] = 0, 1  # never and always present
+    graph = scinet.label_graph(p, 3)
     check_graph(graph)
     assert (graph[:2] == 0).all() and (graph.diagonal() == 0).all() and graph.sum() > 0
+    assert ((graph > 0).sum(1) <= 7).all() and scinet.label_graph(p[:, :1], 3).shape == (1, 1)
 
 
 def test_more_neighbours_than_images_are_refused(rng):
@@ -128,18 +147,31 @@ def test_more_neighbours_than_images_are_refused(rng):
 
 
 def test_pearson_against_numpy(rng):
-    y = random_labels(rng, 200)
-    y[:, 4] = -1  # does not vary
-    r, n = scinet.pearson(y)
+    p = torch.rand(200, C, generator=rng)
+    p[:, 1] += p[:, 0]
+    p[:, 4] = 0  # does not vary
+    r = scinet.pearson(p)
     for c in range(C):
         for d in range(C):
-            both = (y[:, c] != 0) & (y[:, d] != 0)
-            assert n[c, d] == both.sum()
             if 4 in (c, d):
                 assert r[c, d] == 0
             else:
-                pair = (y[both][:, [c, d]] == 1).T.numpy().astype(float)
-                assert r[c, d].item() == pytest.approx(np.corrcoef(pair)[0, 1])
+                expected = np.corrcoef(p[:, [c, d]].T.double().numpy())[0, 1]
+                assert r[c, d].item() == pytest.approx(expected)
+
+
+def test_correlations_come_from_confidences_with_known_labels_filled_in(monkeypatch, tmp_path):
+    seen, original = [], scinet.fuse
+
+    def record(s, y, a_n, a_q, *lambdas):
+        filled = torch.where(y == 0, s, (y == 1).float())
+        assert torch.equal(a_q, scinet.label_graph(filled, 5))
+        seen.append((s, original(s, y, a_n, a_q, *lambdas)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(scinet, "fuse", record)
+    train("", monkeypatch, tmp_path / "run")
+    assert len(seen) == 3 and not torch.equal(seen[0][0], seen[1][0])  # S changes, A_q with it
 
 
 # ------------------------------------------------------------------------------------------ fusion
@@ -149,10 +181,12 @@ def fusion_case(rng, n=30):
     f = unit(rng, n, D).float()
     a_n = scinet.instance_graph(f, 4, 0.5)
     y = random_labels(rng, n)
-    return torch.rand(n, C, generator=rng), y, a_n, scinet.label_graph(y, 1, 3)
+    s = torch.rand(n, C, generator=rng)
+    return s, y, a_n, scinet.label_graph(torch.where(y == 0, s, (y == 1).float()), 3)
 
 
 def test_fixed_point_equals_the_closed_form_without_clamping(rng):
+    """S: uniform random scores, of which none is known and none leaves [0, 1]."""
     s, y, a_n, a_q = (v.double() for v in fusion_case(rng))
     y = torch.zeros_like(y).to(torch.int8)
     s = 0.3 + 0.4 * s  # far enough from 0 and 1 to stay inside
@@ -192,6 +226,33 @@ def test_hidden_map_looks_at_hidden_entries_only(rng):
     p = torch.where(y == 0, (truth == 1).float(), torch.rand(50, C, generator=rng))
     assert scinet.hidden_map(p, y, truth) == pytest.approx(100)
     assert scinet.hidden_map(1 - p, y, truth) < 60
+
+
+def test_hidden_map_counts_what_nobody_knows_nowhere(rng):
+    y, truth = random_labels(rng, 50), random_labels(rng, 50)
+    y[:, 0], truth[:, 0] = 0, torch.where(truth[:, 0] == 1, 0, truth[:, 0])  # no positive: left out
+    p = torch.rand(50, C, generator=rng)
+    value, ap = scinet.hidden_map(p, y, truth), []
+    for c in range(1, C):
+        judged = (y[:, c] == 0) & (truth[:, c] != 0)
+        ap.append(average_precision_score(truth[judged, c] == 1, p[judged, c]))
+    assert value == pytest.approx(100 * np.mean(ap))
+    other = torch.where(truth == 0, torch.rand(50, C, generator=rng), p)
+    assert scinet.hidden_map(other, y, truth) == value
+
+
+def test_probe_of_the_fusion_table_is_sklearns_class_by_class(rng):
+    f, y = unit(rng, 300, 12).float(), random_labels(rng, 300, 4)
+    y[:, 3] = -y[:, 3].abs()  # without a positive
+    for c in (10, 1, 0.1):
+        ours = fusion.probe(f, y, c)
+        for k in range(3):
+            known = y[:, k] != 0
+            model = LogisticRegression(C=c, tol=1e-8, max_iter=1000)
+            model.fit(f[known].numpy(), (y[known, k] == 1).numpy())
+            expected = torch.tensor(model.predict_proba(f.numpy())[:, 1])
+            torch.testing.assert_close(ours[:, k].double(), expected.double(), rtol=0, atol=1e-3)
+        assert not ours[:, 3].any()
 
 
 # ------------------------------------------------------------------------------------- consistency
@@ -261,6 +322,53 @@ def train(flags, monkeypatch, out):
     monkeypatch.setattr("sys.argv", ["scinet.py", *SMALL, *flags.split(), "--out", str(out)])
     scinet.main()
     return torch.load(out / "last.pt", weights_only=True)
+
+
+class Given(torch.nn.Module):
+    """A network whose logits are its images."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(C))
+
+    def forward(self, images):
+        return images + self.bias, images
+
+
+@pytest.mark.parametrize("flags", ["", "--no-augment"])
+def test_scores_are_a_running_mean_over_the_views_that_nothing_was_erased_from(rng, flags):
+    """S after epochs 1 and 2: the mean of its start and of the weak views, image by image."""
+    args, net, n = scinet.parse_args(flags.split())[0], Given(), 8
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
+    start, y = torch.rand(n, C, generator=rng), random_labels(rng, n)
+    memory = dict(s=start, seen=torch.ones(n, 1), count=torch.zeros(C, dtype=torch.long))
+    memory |= dict(p=torch.rand(n, C, generator=rng), sharp=torch.eye(C))
+    terms = [[row] for row in start]
+    for rows in ([[0, 1, 2], [5, 3, 4]], [[7, 3, 1], [0, 2, 4]]):  # 6 is left out twice
+        loader = []
+        for index in map(torch.tensor, rows):
+            views = [torch.randn(3, C, generator=rng) for _ in range(1 if flags else 3)]
+            loader.append((*views, y[index], index))
+            for k, row in zip(index, torch.sigmoid(views[0]), strict=True):
+                terms[k].append(row)
+        scinet.train_one_epoch(net, loader, optimizer, scheduler, memory, y, 1, args)
+        expected = torch.stack([torch.stack(some).mean(0) for some in terms])
+        torch.testing.assert_close(memory["s"], expected)
+    assert sorted(map(len, terms)) == [1, 2, 2, 3, 3, 3, 3, 3]
+
+
+def test_both_halves_move_in_a_toy_run(monkeypatch, tmp_path):
+    """At the rates of the recipe; smaller images and batches, so that it is a short run."""
+    flags = "--weights default --limit 160 --known 0.1 --epochs 4 --no-augment"
+    state = train(flags, monkeypatch, tmp_path / "run")["model"]
+    images, _, _ = toy.scenes(40, 3)
+    _, net = small_net("--size 64", "default")
+    data = common.ImageDataset(images, np.zeros((40, 1)), common.make_transform(64))
+    loader = torch.utils.data.DataLoader(data, 40)
+    f = common.outputs(net, loader, net.bias.device)[1]
+    moved = (f @ state["down.weight"].T @ state["up.weight"].T).norm(dim=1)  # |W f|, |t_c| is 1
+    assert abs(state["beta"] - 1) > 0.1 and moved.mean() > 0.05
 
 
 def test_towers_are_bit_identical_after_training(monkeypatch, tmp_path):

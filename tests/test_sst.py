@@ -222,18 +222,17 @@ def tiny_run(flags="", seed=0):
 
 
 def run_epochs(net, args, train, y, epochs=(40, 41), lr=None):  # late: thresholds at their lowest
-    """Log entries, and the state with the prototypes at the end."""
+    """Log entries, and the state at the end."""
     data = common.ImageDataset(train[0], y, common.make_transform(args.size, args.crops))
     loader = common.make_loader(data, args, train=True)
     learned = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(learned, args.lr if lr is None else lr)
-    prototypes, logs = torch.zeros(16, args.width), []
+    logs = []
     for epoch in epochs:
         torch.manual_seed(epoch if lr is None else 0)
-        more = prototypes, torch.tensor(train[1]), epoch, args
-        log, prototypes = sst.train_one_epoch(net, loader, optimizer, *more)
-        logs.append(log)
-    return logs, net.state_dict() | {"prototypes": prototypes}
+        more = torch.tensor(train[1]), epoch, args
+        logs.append(sst.train_one_epoch(net, loader, optimizer, *more))
+    return logs, net.state_dict()
 
 
 def test_semantic_decoupling_attends_over_positions(rng):
