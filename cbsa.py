@@ -294,8 +294,9 @@ def attention_cells(net, test: tuple, size: int) -> list[tuple]:
         x = common.make_transform(size)(image)[None]
         logits, _, attention = net.eval()(x.to(net.bias.device))
         cells.append((image, []))
+        maps = attention[0].unflatten(1, (math.isqrt(attention.shape[-1]), -1)).cpu().numpy()
         for label in common.likeliest(torch.sigmoid(logits[0]).cpu(), y):
-            a = attention[0, label[0]].unflatten(0, (math.isqrt(attention.shape[-1]), -1)).cpu().numpy()
+            a = maps[label[0]]
             light = Image.fromarray(np.uint8(255 * a / a.max())).resize(image.size, 2)
             white = Image.new("RGB", image.size, "white")
             cells.append((Image.composite(image, white, light), [label]))

@@ -588,8 +588,7 @@ class Run:
             (self.out / "log.jsonl").write_text(lines)
 
     def finish(self, cells: Sequence[tuple]) -> None:
-        """Print the metrics of the last and of the best epoch, and draw samples.png: cells of an
-        image and lines of (class, probability, colour), six in a row."""
+        """Print the last and the best epoch. Draw cells: (image, lines as of `likeliest`)."""
         epochs = [entry for entry in self.log if entry.get("epoch")]
         best = max(epochs, key=lambda entry: entry["mAP"] or 0)
         print("| % | last epoch | best on test (what most papers report) |\n| --- | --- | --- |")

@@ -18,12 +18,12 @@ Differs from the paper (and from the authors' code: "theirs"):
     with both labels known; --pairs all takes all that are not positive, as printed and as theirs.
  3. Eq. 6 is a product with the mean unit feature of the last epoch; theirs has a bank of 100 a
     class, empty slots counted as 0. --shrink is ours.
- 4. Eq. 7-8 take known labels only, and have a mean each for (+,+) pairs and for the rest, or the
-    rare (+,+) would drown: 2.0 where theirs is 1.2, with 3 to 4 times the gradient.
- 5. Eq. 9 is a mean per image, as printed: 0.16 where theirs, over the batch, is 0.80. Every loss
-    is a mean. By Eq. 10 known labels count three times from the first epoch on, as theirs.
- 6. phi_intra has one output layer, theirs one a pair. P(j|i) is over images that know j: theirs,
-    over all, is a tenth of it at 10 % known. SSGRL's gates are a GRU cell. No "w/ SAM", no VG-200.
+ 4. Eq. 7-8 take known labels only; (+,+) pairs and the rest have a mean each, or the rare (+,+)
+    would drown: 2.0 where theirs is 1.2, with 3 to 4 times the gradient. Every loss is a mean.
+ 5. Eq. 9 is a mean per image, as printed (0.16 where theirs, over the batch, is 0.80); by Eq. 10
+    known labels count three times from the first epoch on, as theirs.
+ 6. phi_intra has one output layer, theirs one a pair; P(j|i) is over images that know j, theirs
+    over all (at 10 % known a tenth); SSGRL's gates are a GRU cell. No "w/ SAM", no VG-200.
 """
 
 import sys
@@ -328,9 +328,8 @@ def train_one_epoch(model, loader, optimizer, truth, epoch, args):
         if not args.no_cst:
             y_cross = cross_pseudo_labels(f, y, net.prototypes, theta_cross)
             loss_cls, loss_cst = loss_cls + partial_bce(logits, y_cross), cst_loss(f, y)
-            positive = (y == 1).float()
-            sums = torch.einsum("bc,bcd->cd", positive, F.normalize(f.detach(), dim=-1))
-            common.add_up(totals, sums=sums, number=positive.sum(0)[:, None])
+            sums = torch.einsum("bc,bcd->cd", (y == 1).float(), F.normalize(f.detach(), dim=-1))
+            common.add_up(totals, sums=sums, number=(y == 1).sum(0)[:, None])
         # Eq. 11: L = L_cls + lambda_1 L_ist + lambda_2 L_cst
         loss = loss_cls + args.lambdas[0] * loss_ist + args.lambdas[1] * loss_cst
         optimizer.zero_grad()
@@ -386,8 +385,8 @@ def main() -> None:
     optimizer = torch.optim.Adam(groups, args.lr, weight_decay=args.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, gamma=0.1)
     run = common.Run(args, about, state, model=net, optimizer=optimizer, scheduler=scheduler)
-    truth, logits = torch.tensor(train[1], device=device), evaluate(net, test_loader, test[1], bf16)[1]
-    model = common.parallel(net, args.compile)
+    model, truth = common.parallel(net, args.compile), torch.tensor(train[1], device=device)
+    logits = evaluate(net, test_loader, test[1], bf16)[1]  # finds a broken test image now
     for epoch in range(run.start, args.epochs + 1):
         run.begin(epoch, loader)
         entry = train_one_epoch(model, loader, optimizer, truth, epoch, args)
