@@ -33,6 +33,8 @@ RECIPES = dict(
     sst=dict(
         arch="mobilenet_v2", size=160, width=128, hidden=(64, 64), workers=0, train_trunk="none",
     ),
+    cbsa=dict(size=160, workers=0, train_trunk="proj"),
+    scinet=dict(size=160, workers=0),
 )  # fmt: skip
 
 
@@ -135,12 +137,24 @@ def main() -> None:
         Views.key, Views.trunk = f"{arch} {weights}", lambda x: frozen(normalise(x))
         return nn.Identity(), trained, channels
 
-    build_trunk = getattr(script, "build_trunk", None)
+    def load_clip(*given) -> tuple:
+        clip, tokenizer = of_clip(*given)
+        trunk, numbers = clip.visual.trunk, clip.visual.preprocess_cfg
+        features = trunk.forward_features
+        trunk.forward_features = nn.Identity()
+        mean, std = numbers["mean"], numbers["std"]
+        Views.key, Views.trunk = repr(given), lambda x: features(normalise(x, mean, std))
+        return clip, tokenizer
+
+    build_trunk, of_clip = getattr(script, "build_trunk", None), common.load_clip
     changes = dict(
-        ImageDataset=Views, normalise=as_float, test_cells=lambda *_: [],
+        ImageDataset=Views, normalise=as_float, test_cells=lambda *_: [], load_clip=load_clip,
         load_data=split(common.load_data, args.images, args.held_out), Run=Noting,
     )  # fmt: skip
-    own = dict(build_trunk=look_up, evaluate=at_the_end(script.evaluate))
+    own = dict(evaluate=at_the_end(script.evaluate))
+    own |= dict(sst=dict(build_trunk=look_up), cbsa=dict(attention_cells=lambda *_: []), scinet={})[
+        method
+    ]
     with patch.multiple(common, **changes), patch.multiple(script, **own):
         common.run_script(script.main)
 
