@@ -19,7 +19,7 @@ Run:  python scinet.py                                             toy world, 10
 Measured: see README.
 
 Differs from the paper, as far as can be known:
- 1. lambda_n and lambda_q: see the README for both choices measured.
+ 1. lambda_q is 0.03: on real scores, the paper's 0.4 drowns them (tests/fusion.py measures it).
  2. Pearson's coefficients are of the confidences, known labels filled in: at 10 % known, one image
     in a hundred has both labels of a pair. They follow the confidences from epoch to epoch.
  3. Thresholds are never under 1/2; what passes teaches with its probability, not as 0 or 1.
@@ -78,8 +78,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, dict | None]:
     add("--no-visual-dominant", action="store_true", help="texts do not change the image feature")
     add("--no-augment", action="store_true", help="known labels only, one view")
     add("--tau-u", type=float, default=0.1, help="temperature over positions")
-    add("--lambda-n", type=float, default=1.0, help="weight of the instance graph; paper 0.1")
-    add("--lambda-q", type=float, default=0.1, help="weight of the label graph; paper 0.4")
+    add("--lambda-n", type=float, default=0.1, help="weight of the instance graph; paper 0.1")
+    add("--lambda-q", type=float, default=0.03, help="weight of the label graph; paper 0.4")
     add("--sigma", type=float, default=0.3, help="width of the Gaussian between unit features")
     add("--neighbours", type=int, default=10, help="K, of the instance graph")
     add("--tau", type=float, default=0.95, help="highest threshold of a class")
@@ -289,9 +289,8 @@ def hidden_map(p: Tensor, y: Tensor, truth: Tensor) -> float:
 def train_one_epoch(model, loader, optimizer, scheduler, memory, truth, epoch, args):
     """One pass over weak, medium and strong views. Returns log entries.
 
-    memory: fused confidence p (n, C), sharp label graph (C, C); s (n, C), the mean of `seen` (n, 1)
-    scores, takes up those of the weak views, and count (C,) the targets that passed. `truth` serves
-    the diagnostics.
+    memory: fused confidence p (n, C), sharp label graph (C, C); s (n, C), a mean of `seen` (n, 1)
+    scores, takes up the weak views'; count (C,): targets that passed. `truth`: for diagnostics.
     """
     model.train()
     device = getattr(model, "module", model).bias.device
