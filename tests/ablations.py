@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Runs a script's ablations on the toy world; prints a Markdown table of mAP over seeds.
+"""Runs a script's ablations; prints a Markdown table of mAP over seeds.
 
     python tests/ablations.py {sst,cbsa,scinet} [--jobs 2] [--seeds 0 1 2] [--table-only]
+    python tests/ablations.py sst --photos "CACHE" "--root DIR --weights FILE" --runs FOLDER
 
-The mask seed is the seed. A run that finished is never repeated, one that was cut off is continued.
+On the toy world or, with --photos, on real photographs by tests/photos.py, whose own arguments come
+first and those of the script second. The mask seed is the seed. A run that finished is never
+repeated, one that was cut off is continued.
 """
 
 import argparse
@@ -26,7 +29,6 @@ ROWS = {
         "CST only": ("--no-ist", (0.1, 0.3)),
         "IST only, data-set statistics": ("--no-cst --stat-cooc", (0.1, 0.3)),
         "IST only, Eq. 4 negatives: all but positives": ("--no-cst --pairs all", (0.3,)),
-        "SST, Eq. 2 with the sum": ("--intra-reduce sum", (0.3,)),
     },
     "cbsa": {
         "supervised only": ("--no-unlabelled", (0.05, 0.1, 0.2)),
@@ -82,8 +84,8 @@ def finished(out: Path) -> list[dict] | None:
     return entries if entries and entries[-1]["epoch"] == epochs else None
 
 
-def train(script: str, flags: str, known: float, seed: int, out: Path, jobs: int) -> None:
-    command = [sys.executable, str(HERE.parent / f"{script}.py"), *flags.split()]
+def train(start: str, flags: str, known: float, seed: int, out: Path, jobs: int) -> None:
+    command = [sys.executable, *start.split(), *flags.split()]
     command += f"--known {known} --seed {seed} --mask-seed {seed} --resume auto --out".split()
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     done = subprocess.run([*command, str(out)], env=env, capture_output=True, text=True)
@@ -104,13 +106,22 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", type=int, nargs="+", help="only these, counted from 0")
+    parser.add_argument("--known", type=float, nargs="+", help="only these proportions")
+    parser.add_argument("--photos", nargs=2, metavar=("OPTIONS", "ARGUMENTS"))
     parser.add_argument("--table-only", action="store_true", help="run nothing")
     args = parser.parse_args()
-    rows = ROWS[args.script]
+    rows, start, world = ROWS[args.script], f"{HERE.parent / args.script}.py", "toy world"
+    rows = {row: rows[row] for k, row in enumerate(rows) if args.rows is None or k in args.rows}
+    if args.photos:
+        world, options, arguments = "photographs", *args.photos
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        start = f"{HERE / 'photos.py'} --threads {threads} {options} {args.script}.py {arguments}"
     cells = {
         (row, known): [folder(args.runs, args.script, row, known, seed) for seed in args.seeds]
         for row, (_, proportions) in rows.items()
         for known in proportions
+        if args.known is None or known in args.known
     }
     if not args.table_only:
         with ThreadPoolExecutor(args.jobs) as pool:
@@ -120,12 +131,12 @@ def main() -> None:
                 outs = cells[row, known]
                 for seed, out in zip(args.seeds, outs, strict=True):
                     if not finished(out):
-                        pool.submit(train, args.script, rows[row][0], known, seed, out, args.jobs)
+                        pool.submit(train, start, rows[row][0], known, seed, out, args.jobs)
     proportions = sorted({known for _, known in cells})
     logs = {cell: [log for out in outs if (log := finished(out))] for cell, outs in cells.items()}
     table = []
     for row, key in ZERO_SHOT.get(args.script, {}).items():
-        first = [[log[0][key] for log in logs[[*rows][1], known]] for known in proportions]
+        first = [[log[0][key] for log in logs.get(([*rows][-1], k), ())] for k in proportions]
         table.append([row, *map(mean_std, first)])
     for row in rows:
         line = [row]
@@ -140,7 +151,7 @@ def main() -> None:
     print(
         "mAP in percent, mean ± std (seeds); precision / recall of pseudo-labels, last epoch\n"
     )
-    print(markdown_table(["toy world", *(f"{known:.0%} known" for known in proportions)], table))
+    print(markdown_table([world, *(f"{known:.0%} known" for known in proportions)], table))
 
 
 if __name__ == "__main__":

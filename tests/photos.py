@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Runs a script on real photographs on a CPU: the frozen trunk sees each view of an image once.
 
-    python tests/photos.py CACHE [--images 3000] [--held-out 1000] [--views 4] sst.py ARGUMENTS...
+    python tests/photos.py CACHE [--images 2000] [--held-out 1000] [--views 4] sst.py ARGUMENTS...
 
 The script runs as it is, on the first IMAGES training images, with one difference: what its frozen
 trunk makes of an image is looked up in CACHE, where VIEWS random views of every image, by the
@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 import math
+import os
 import sys
 from argparse import REMAINDER, ArgumentParser
 from pathlib import Path
@@ -32,6 +33,7 @@ normalise = common.normalise
 RECIPES = dict(
     sst=dict(
         arch="mobilenet_v2", size=160, width=128, hidden=(64, 64), workers=0, train_trunk="none",
+        lr=1e-3, epochs=12, lr_step=9,
     ),
     cbsa=dict(size=160, workers=0, train_trunk="proj"),
     scinet=dict(size=160, workers=0),
@@ -54,9 +56,10 @@ class Views(Dataset):
         path = cls.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
         if not path.exists():
             made = [cls.make(images, transform, seed) for seed in range(views)]
-            with open(path.with_suffix(".tmp"), "wb") as file:
+            part = path.with_suffix(f".{os.getpid()}")  # another run may be making the same
+            with open(part, "wb") as file:
                 np.save(file, np.stack(made, axis=1))
-            path.with_suffix(".tmp").rename(path)
+            part.rename(path)
         return np.load(path, mmap_mode="r")
 
     @classmethod
@@ -115,7 +118,7 @@ def as_float(x: Tensor, *mean_and_std) -> Tensor:
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("cache", type=Path)
-    parser.add_argument("--images", type=int, default=3000)
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--held-out", type=int, default=0)
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
