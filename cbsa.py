@@ -25,8 +25,6 @@ Differs from the paper, as far as can be known:
  2. Pseudo-labels are made once an epoch, over all unlabelled images: the counts are then exact.
 """
 
-from __future__ import annotations
-
 import math
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 
@@ -56,7 +54,7 @@ RECIPES = {  # lambda_c: weight of the context loss; alpha, kappa: what they sta
     ),
 }  # fmt: skip
 RECIPES["folder"] = RECIPES["real"] | dict(known=1.0)  # one's own: what is unknown, nobody knows
-for name, number in dict(toy=4, voc2007=4, voc2012=4, coco=10, nuswide=10).items():
+for name, number in dict(toy=4, voc2007=4, voc2012=4, coco=10).items():
     RECIPES[name] = RECIPES.get(name, RECIPES["real"]) | dict(contexts=number)
 
 

@@ -27,8 +27,6 @@ Differs from the paper, as far as can be known:
  5. What is fused is the mean over epochs of the scores of views that nothing was erased from.
 """
 
-from __future__ import annotations
-
 import math
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 
@@ -162,7 +160,7 @@ class SCINet(nn.Module):
         self.beta, self.bias = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(C))
         self.gamma = nn.Parameter(scale.clone())
 
-    def train(self, mode: bool = True) -> SCINet:
+    def train(self, mode: bool = True):
         super().train(mode)
         self.visual.eval()
         self.prompt.eval()

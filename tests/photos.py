@@ -33,7 +33,7 @@ normalise = common.normalise
 RECIPES = dict(
     sst=dict(
         arch="mobilenet_v2", size=160, width=128, hidden=(64, 64), workers=0, train_trunk="none",
-        lr=1e-3, epochs=12, lr_step=9,
+        lr=3e-3, epochs=12, lr_step=9,
     ),
     cbsa=dict(size=160, workers=0, train_trunk="proj"),
     scinet=dict(size=160, workers=0),
