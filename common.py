@@ -183,13 +183,14 @@ def read(path: Path, parse: Callable = str):
 
 def load_coco(root: Path, part: str) -> tuple:
     """COCO 2014. Any annotation counts, crowds too; images without annotation stay."""
-    spec = read(root / "annotations" / f"instances_{part}.json", json.loads)
-    names = {c["id"]: c["name"] for c in sorted(spec["categories"], key=lambda c: c["id"])}
-    files = {image["id"]: f"{root / part}/{image['file_name']}" for image in spec["images"]}
-    rows = {file: {} for file in files.values()}
-    for a in spec["annotations"]:
-        rows[files[a["image_id"]]][names[a["category_id"]]] = 1
-    return [*names.values()], rows
+    with naming(path := f"{root}/annotations/instances_{part}.json"):
+        spec = read(Path(path), json.loads)
+        names = {c["id"]: c["name"] for c in sorted(spec["categories"], key=lambda c: c["id"])}
+        files = {image["id"]: f"{root / part}/{image['file_name']}" for image in spec["images"]}
+        rows = {file: {} for file in files.values()}
+        for a in spec["annotations"]:
+            rows[files[a["image_id"]]][names[a["category_id"]]] = 1
+        return [*names.values()], rows
 
 
 VOC_CLASSES = (
@@ -354,8 +355,7 @@ def load_clip(arch: str, weights: str, size: int) -> tuple[nn.Module, Callable]:
             table = getattr(visual, "attnpool", visual).positional_embedding
             table.data = resample_abs_pos_embed(table.data[None], [size // side] * 2)[0]
         u = clip_features(visual, torch.zeros(1, 3, size, size, dtype=torch.uint8))[1]
-        fits = u.shape[1] == (size // side) ** 2
-        need(fits, f"its tower has {u.shape[1]} features, no map of {size // side} by as many")
+        need(u.shape[1] == (size // side) ** 2, f"its tower's {u.shape[1]} features are no map")
         return net, open_clip.get_tokenizer(arch)
 
 

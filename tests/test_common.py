@@ -209,7 +209,7 @@ def test_folder_of_ones_own(folder):
         ("train.csv", b"\xff\xfe,cat\n", "train.csv"),
         ("train.csv", b"", "names no image"),
         ("test.csv", None, "test.csv"),
-        ("classes.txt", b"cat\ncat\n", "cat.* is there twice"),
+        ("classes.txt", b"cat\ncat\n", "a class twice.*cat"),
         ("classes.txt", None, "classes.txt"),
     ],
 )

@@ -52,13 +52,6 @@ def test_lists_of_positives_only_are_refused_with_both_ways_out(tmp_path, capsys
     assert not capsys.readouterr().err
 
 
-def test_a_class_of_which_no_absence_is_known_is_named(tmp_path, capsys):
-    write(tmp_path, "a.png,cat;-dog\nb.png,owl;dog;-cat\n")
-    assert task(tmp_path)[0] == [[1, -1, 0], [-1, 1, 1]]
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "without ['owl']" in error and "--complete" in error
-
-
 def test_test_lists_leave_out_what_is_unknown_if_they_say_what_is_absent(tmp_path):
     train = "a.png,cat;-dog;-owl\nb.png,-cat;dog;owl\n"
     write(tmp_path, train, "c.png,cat\nt.png,\n")
