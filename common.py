@@ -112,9 +112,8 @@ def parallel(net: nn.Module, compiled: bool) -> nn.Module:
 
 def hide_entries(y: np.ndarray, known: float, seed: int) -> np.ndarray:
     """Hide single labels: (i, c) stays iff RandomState(seed).random_sample(y.shape)[i, c] < known.
-    y (images, C) in {1, 0, -1}, known in (0, 1] -> new int8 array, hidden entries 0. With seed 0
-    and rows in the official order this is the mask the SST authors published (AAAI 2022); masks of
-    one seed are nested.
+    y (images, C) in {1, 0, -1}, known in (0, 1] -> new int8 array, hidden entries 0. Seed 0 on rows
+    in the official order gives the masks that SST's authors published; those of a seed are nested.
     """
     keep = np.random.RandomState(seed).random_sample(y.shape) < known
     return np.where(keep, y, 0).astype(np.int8)
@@ -324,9 +323,9 @@ def outputs(forward: Callable, loader: DataLoader, device, bf16: bool = False) -
 
 
 def load_clip(arch: str, weights: str, size: int) -> tuple[nn.Module, Callable]:
-    """open_clip's CLIP for images of `size` pixels, and its tokenizer. arch: a name of open_clip,
-    hf-hub:ORG/NAME, or local-dir:FOLDER, looked for here and beside this file. weights: "default"
-    (OpenAI's, the folder's), "none", a tag of open_clip, or a file (OpenAI's, as TorchScript)."""
+    """open_clip's CLIP for images of `size` pixels, and its tokenizer. arch: its name, hf-hub:NAME,
+    or local-dir:FOLDER, looked for here and beside this file. weights: "default" (OpenAI's, the
+    folder's), "none", a tag of open_clip, or a file, also OpenAI's (TorchScript)."""
     scheme, colon, folder = arch.partition(":")
     if scheme == "local-dir" and not Path(folder).exists():
         arch = scheme + colon + str(Path(__file__).parent / folder)
@@ -354,8 +353,10 @@ def load_clip(arch: str, weights: str, size: int) -> tuple[nn.Module, Callable]:
         else:
             table = getattr(visual, "attnpool", visual).positional_embedding
             table.data = resample_abs_pos_embed(table.data[None], [size // side] * 2)[0]
-        u = clip_features(visual, torch.zeros(1, 3, size, size, dtype=torch.uint8))[1]
-        need(u.shape[1] == (size // side) ** 2, f"its tower's {u.shape[1]} features are no map")
+        with naming("its tower pools neither as OpenAI's do nor by a mean over a map"):
+            f, u = clip_features(visual, torch.zeros(1, 3, size, size, dtype=torch.uint8))
+            fits = f.ndim == 2 and u.shape[1] == (size // side) ** 2
+            need(fits, f"its features are {[*f.shape]} and {[*u.shape]}")
         return net, open_clip.get_tokenizer(arch)
 
 
@@ -454,9 +455,8 @@ def add_up(totals: dict[str, Tensor], **values: Tensor) -> None:
 
 
 def epoch_entry(totals: dict[str, Tensor], steps: int) -> dict:
-    """Log entries from what an epoch added up, here made the total of all processes: the mean of
-    each `loss...` over the steps; of `pseudo`, sums of `pseudo_counts`, number an image, precision
-    and recall, None without a denominator."""
+    """Log entries from the totals of an epoch, over all processes: of each `loss...` the mean over
+    steps; of `pseudo_counts` the number an image, precision and recall, None where none is."""
     for x in totals.values() if PROCESSES > 1 else ():
         distributed.all_reduce(x)
     means = {k: x.item() / steps / PROCESSES for k, x in totals.items() if k.startswith("loss")}

@@ -221,9 +221,8 @@ def timm(name, pool="", proj="linear"):
 REFUSED = {  # what the folder says beside TEXT, size, word of the message
     "class token": (dict(vision=timm("test_vit")), 64, "17"),
     "class token, mean": (dict(vision=timm("test_vit2", "avg")), 64, "17"),
-    "latent attention": (dict(vision=timm("test_vit3", "map", "")), 64, "attn_pool"),
-    "attention": (dict(vision=timm("test_efficientnet", "rot_attn", "")), 64, "head.pool"),
-    "attention of a ViT": (dict(vision=VIT | dict(attentional_pool=True)), 64, "attn_pool"),
+    "latent attention": (dict(vision=timm("test_vit3", "map", "")), 64, "pools"),
+    "attention of a ViT": (dict(vision=VIT | dict(attentional_pool=True)), 64, "pools"),
     "head of another width": (dict(vision=timm("mobilenetv3_small_050", "avg")), 64, "pools"),
     "one block": (dict(vision=VIT | dict(layers=1)), 64, "pools"),
     "no tower of timm": (dict(vision=timm("nosuch")), 64, "nosuch"),
