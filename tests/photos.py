@@ -16,6 +16,7 @@ import math
 import os
 import sys
 from argparse import REMAINDER, ArgumentParser
+from functools import cached_property
 from pathlib import Path
 from unittest.mock import patch
 
@@ -46,7 +47,11 @@ class Views(Dataset):
     cache, number, trunk, key = Path(), 4, None, ""  # set by main()
 
     def __init__(self, images, y: np.ndarray, *transforms) -> None:
-        self.y, self.maps = torch.as_tensor(y), [self.load(images, t) for t in transforms]
+        self.y, self.images, self.transforms = torch.as_tensor(y), images, transforms
+
+    @cached_property
+    def maps(self) -> list[np.ndarray]:  # of the first item: some data come before the network
+        return [self.load(self.images, transform) for transform in self.transforms]
 
     @classmethod
     def load(cls, images, transform) -> np.ndarray:
@@ -144,7 +149,7 @@ def main() -> None:
         clip, tokenizer = of_clip(*given)
         trunk, numbers = clip.visual.trunk, clip.visual.preprocess_cfg
         features = trunk.forward_features
-        trunk.forward_features = nn.Identity()
+        trunk.forward_features = as_float  # of the map that is given: nothing is left to do
         mean, std = numbers["mean"], numbers["std"]
         Views.key, Views.trunk = repr(given), lambda x: features(normalise(x, mean, std))
         return clip, tokenizer
