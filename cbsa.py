@@ -26,7 +26,7 @@ Differs from the paper, as far as can be known:
 """
 
 import math
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, BooleanOptionalAction, Namespace
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ import common
 RECIPES = {  # lambda_c: weight of the context loss; alpha, kappa: what they start from
     "real": dict(
         arch="RN101-quickgelu", size=224, epochs=20, warm_up=2, lr=1e-5, head_lr=1e-3, ema=0.999,
-        crops=(448, 384, 320), augment=(2, 9), erase=0.33, workers=4,
+        crops=(448, 384, 320), augment=(2, 9), erase=0.33, workers=4, band=True,
         alpha=0.5, kappa=0.3, lambda_c=0.5,
     ),
     "toy": dict(  # RandAugment changes colours and sizes, by which toy objects are known
@@ -81,10 +81,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, dict | None]:
     add("--one-prompt", action="store_true", help="a photo of a {class} also attends")
     add("--no-context", action="store_true", help="no context identification")
     add("--global-threshold", action="store_true", help="one threshold for all classes")
-    add("--band", action="store_true", help="pseudo-labels near the threshold stay unknown")
+    add("--band", action=BooleanOptionalAction, help="pseudo-labels near the threshold are none")
     add("--no-unlabelled", action="store_true", help="supervised only: the labelled images")
     add("--contexts", type=int, default=0, help="G, number of contexts; 0 for the eigengap's")
-    add("--tau", type=float, default=0.1, help="tau_a, temperature of the attention")
     add("--lambda-u", type=float, default=1.0, help="weight of the unlabelled images")
     add("--ema", type=float, help="decay of the teacher, a step")
     add("--warm-up", type=int, help="first epochs, on labelled images only")
@@ -106,7 +105,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, dict | None]:
     state = common.load_checkpoint(first, "cbsa")
     parser.set_defaults(**state["args"] if state else RECIPES.get(first.data, RECIPES["real"]))
     add("-h", "--help", action="help", help="show this and exit")
-    return common.check_args(parser.parse_args(argv), "tau head_lr"), state
+    return common.check_args(parser.parse_args(argv), "head_lr"), state
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -315,7 +314,7 @@ def build(args: Namespace, classes: list[str], member: Tensor) -> CBSA:
     for weight in common.last_stage(clip.visual, projection_only=args.train_trunk == "proj"):
         weight.requires_grad_(True)
     alpha, kappa = args.alpha * (not args.whole_image), args.kappa * (not args.no_context)
-    return CBSA(clip.visual, where, what, scale, member, args.tau, alpha, kappa)
+    return CBSA(clip.visual, where, what, scale, member, alpha=alpha, kappa=kappa)
 
 
 def make_loaders(args: Namespace, images, y: np.ndarray, parts: list[Tensor]) -> tuple:

@@ -37,7 +37,8 @@ ROWS = {
         "without contexts": ("--no-context", (0.05, 0.2)),
         "one prompt": ("--one-prompt", (0.05, 0.2)),
         "one threshold for all classes": ("--global-threshold", (0.05, 0.2)),
-        "an undecided band": ("--band", (0.05, 0.2)),
+        "with an undecided band": ("--band", (0.05, 0.2)),
+        "without an undecided band": ("--no-band", (0.05, 0.2)),
     },
     "scinet": {
         "known labels only": ("--no-augment", (0.1, 0.3, 0.5)),

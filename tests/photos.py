@@ -36,8 +36,10 @@ RECIPES = dict(
         arch="mobilenet_v2", size=160, width=128, hidden=(64, 64), workers=0, train_trunk="none",
         lr=3e-3, epochs=12, lr_step=9,
     ),
-    cbsa=dict(size=160, workers=0, train_trunk="proj"),
-    scinet=dict(size=160, workers=0),
+    cbsa=dict(
+        size=160, workers=0, train_trunk="proj", lr=3e-4, epochs=10, warm_up=2, ema=0.98,
+    ),
+    scinet=dict(size=160, workers=0, epochs=5),
 )  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def test_logits_against_their_formula(rng):
         torch.nn.init.normal_(weight, generator=rng)
     logits, contexts, attention = net(images)
     assert logits.shape == (2, 16) and contexts.shape == (2, 4) and attention.shape == (2, 16, 16)
-    assert (net.alpha.item(), net.kappa.item(), args.tau) == pytest.approx((0.5, 0.3, 0.1))
+    assert (net.alpha.item(), net.kappa.item(), net.tau) == pytest.approx((0.5, 0.3, 0.1))
     f, u = common.clip_features(net.visual, images)
     for n in range(2):
         r = net.context.weight @ f[n] + net.context.bias

@@ -221,7 +221,6 @@ OWN_BAD = {
         ("--known 0.0001", "leaves none of"),
         ("--contexts 17 --weights none", "--contexts 17"),
         ("--contexts 1 --weights none", "--contexts 1"),
-        ("--tau 0", "--tau"),
         ("--ema 1.5", "--ema"),
         ("--warm-up -3", "--warm-up"),
     ],
