@@ -53,19 +53,17 @@ def classes_of(C: int) -> list[str]:
     return [f"class {k}" for k in range(C)]
 
 
-def bare(frozen: nn.Module, trained: nn.Module, views: list, width: int, C: int, normalise):
+def bare(frozen: nn.Module, trained: nn.Module, images: torch.Tensor, width: int, C: int):
     """Forward and backward of a backbone, its frozen stages without gradient, and a linear head."""
     head, trained, frozen = place(nn.Linear(width, C)), place(trained), place(frozen)
     frozen.eval().requires_grad_(False)
     trained.eval().requires_grad_(True)
-    x = torch.cat(views)
 
     def step():
         with torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, enabled=cuda):
             with torch.no_grad():
-                z = frozen(normalise(place(x)))
-            z = trained(z)
-            head(z.flatten(2).mean(2) if z.dim() == 4 else z).float().mean().backward()
+                z = frozen(common.normalise(place(images)))
+            head(trained(z).flatten(2).mean(2)).float().mean().backward()
         for p in (*head.parameters(), *trained.parameters()):
             p.grad = None
 
@@ -88,27 +86,32 @@ def sst_step(C: int = 80, trunk: str = "all"):
 
     def floor():
         frozen, trained, channels = sst.build_trunk(arch, "none", trunk)
-        return bare(frozen, trained, [images], channels, C, common.normalise)
+        return bare(frozen, trained, images, channels, C)
 
     return step, floor
 
 
-def clip_flags() -> str:
-    if cuda:
-        return "--data coco --arch RN101-quickgelu --weights none --size 224 --precision bf16"
-    return "--data coco --arch local-dir:tests/toy_clip --weights none --size 224"
+def clip_flags(arch: str) -> str:
+    arch = arch or ("RN101-quickgelu" if cuda else "local-dir:tests/toy_clip")
+    precision = "bf16" if cuda else "fp32"
+    return f"--data coco --arch {arch} --weights none --size 224 --precision {precision}"
 
 
-class Early(nn.Module):
-    """What of open_clip's ResNet is before its last stage."""
+def tower(visual: nn.Module, views: list, C: int, learns: bool):
+    """Forward of a CLIP's image tower, backward of its last stage if that learns, a linear head."""
+    visual, head = place(visual.requires_grad_(False)), place(nn.Linear(visual.output_dim, C))
+    learned = common.last_stage(visual) if learns else []
+    for p in learned:
+        p.requires_grad_(True)
+    x = torch.cat(views)
 
-    def __init__(self, visual):
-        super().__init__()
-        self.visual = visual
+    def step():
+        with torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, enabled=cuda):
+            head(visual(common.normalise(place(x)))).float().mean().backward()
+        for p in (*head.parameters(), *learned):
+            p.grad = None
 
-    def forward(self, x):
-        v = self.visual
-        return v.layer3(v.layer2(v.layer1(v.stem(x))))
+    return step
 
 
 def optimizing(net: nn.Module, lr: float):
@@ -117,9 +120,9 @@ def optimizing(net: nn.Module, lr: float):
     return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
 
 
-def cbsa_step(C: int = 80):
+def cbsa_step(C: int = 80, arch: str = ""):
     B = 32 if cuda else 8
-    args = cbsa.parse_args(clip_flags().split())[0]
+    args = cbsa.parse_args(clip_flags(arch).split())[0]
     net = place(cbsa.build(args, classes_of(C), torch.eye(10).repeat(C // 10, 1)))
     decay = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
     teacher = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=decay)
@@ -132,16 +135,14 @@ def cbsa_step(C: int = 80):
         cbsa.train_one_epoch(net, teacher, halves, 1, *more)
 
     def floor():
-        v = cbsa.build(args, classes_of(C), net.member).visual
-        last = nn.Sequential(v.layer4, v.attnpool)
-        return bare(Early(v), last, [images], v.output_dim, C, common.normalise)
+        return tower(cbsa.build(args, classes_of(C), net.member).visual, [images], C, True)
 
     return step, floor
 
 
-def scinet_step(C: int = 80):
+def scinet_step(C: int = 80, arch: str = ""):
     B = 32 if cuda else 8
-    args = scinet.parse_args(clip_flags().split())[0]
+    args = scinet.parse_args(clip_flags(arch).split())[0]
     net = place(scinet.build(args, classes_of(C)))
     views = [torch.randint(256, (B, 3, 224, 224), dtype=torch.uint8) for _ in range(3)]
     y, index, p = partial_labels(B, C), torch.arange(B), torch.rand(B, C)
@@ -153,8 +154,7 @@ def scinet_step(C: int = 80):
         scinet.train_one_epoch(net, [(*views, y, index)], *more)
 
     def floor():  # the tower is frozen: the head alone goes backward
-        v = scinet.build(args, classes_of(C)).visual
-        return bare(v, nn.Identity(), views, v.output_dim, C, common.normalise)
+        return tower(scinet.build(args, classes_of(C)).visual, views, C, False)
 
     return step, floor
 
@@ -325,6 +325,8 @@ def measurements(images: str | None):
 
     steps = dict(sst=sst_step, sst_last=lambda: sst_step(trunk="last"), cbsa=cbsa_step)
     steps["scinet"] = scinet_step
+    for name, step in (("cbsa_vit", cbsa_step), ("scinet_vit", scinet_step)):
+        steps[name] = lambda step=step: step(arch="ViT-B-16-quickgelu")
     for name, build in steps.items():
         yield f"{name}_step_over_backbone", lambda build=build: over(*build())
     yield "ist_vs_literal", lambda: timed(*ist())

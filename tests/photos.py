@@ -2,11 +2,13 @@
 """Runs a script on real photographs on a CPU: the frozen trunk sees each view of an image once.
 
     python tests/photos.py CACHE [--images 2000] [--held-out 1000] [--views 4] sst.py ARGUMENTS...
+    python tests/photos.py CACHE --probe 0.001 sst.py ARGUMENTS...
 
 The script runs as it is, on the first IMAGES training images, with one difference: what its frozen
 trunk makes of an image is looked up in CACHE, where VIEWS random views of every image, by the
 script's own transform, were put the first time they were wanted. The test images are those of the
-data set or, to choose a setting, the last HELD_OUT training images.
+data set or, to choose a setting, the last HELD_OUT training images. --probe trains, in the place of
+sst.py's network, a logistic regression a class on the mean of the map; its C is given.
 """
 
 import hashlib
@@ -22,6 +24,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -118,6 +121,21 @@ class Noting(common.Run):
         Noting.run = self
 
 
+def probe(args, c: float) -> None:
+    """Print the test mAP of logistic regressions on the known entries; features have unit scale."""
+    classes, train, test = common.load_data(args.data, args.root)
+    y = common.hide_entries(train[1], args.known, args.mask_seed)
+    plain = common.make_transform(args.size)
+    x, x_test = (Views.load(part[0], plain)[:, 0].mean((2, 3), dtype="f") for part in (train, test))
+    scale, scores = x.std(0) + 1e-6, np.zeros(test[1].shape)
+    for k, known in enumerate(y.T != 0):
+        if len({*y[known, k]}) == 2:
+            fitted = LogisticRegression(C=c, max_iter=200).fit(x[known] / scale, y[known, k])
+            scores[:, k] = fitted.decision_function(x_test / scale)
+    mean = np.nanmean(common.average_precision(scores, test[1]))
+    print(f"linear probe, {args.known:.0%} known, mask seed {args.mask_seed}: mAP {mean:.2f}")
+
+
 def as_float(x: Tensor, *mean_and_std) -> Tensor:
     return x.float()
 
@@ -129,6 +147,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=0)
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--probe", type=float, metavar="C")
     parser.add_argument("--recipe", default="{}", help="JSON, what else of the recipe changes")
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=REMAINDER)
@@ -166,6 +185,10 @@ def main() -> None:
         method
     ]
     with patch.multiple(common, **changes), patch.multiple(script, **own):
+        if args.probe:
+            given = script.parse_args(sys.argv[1:])[0]
+            look_up(given.arch, given.weights, "none")
+            return probe(given, args.probe)
         common.run_script(script.main)
 
 
