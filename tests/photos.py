@@ -42,7 +42,7 @@ RECIPES = dict(
     cbsa=dict(
         size=160, workers=0, train_trunk="proj", lr=3e-4, epochs=10, warm_up=2, ema=0.98,
     ),
-    scinet=dict(size=160, workers=0, epochs=5),
+    scinet=dict(size=160, workers=0, epochs=5, lr=5e-4),
 )  # fmt: skip
 
 
