@@ -132,12 +132,12 @@ class CBSA(nn.Module):
 
     def __init__(
         self, visual: nn.Module, where: Tensor, what: Tensor, scale: Tensor, member: Tensor,
-        tau: float = 0.1, alpha: float = 0.5, kappa: float = 0.3,
+        alpha: float = 0.5, kappa: float = 0.3,
     ) -> None:  # fmt: skip
         super().__init__()
         for name, buffer in dict(where=where, what=what, member=member).items():
             self.register_buffer(name, buffer)
-        self.visual, self.scale, self.tau = visual, nn.Parameter(scale.clone()), tau
+        self.visual, self.scale, self.tau = visual, nn.Parameter(scale.clone()), 0.1  # tau_a
         self.bias = nn.Parameter(torch.zeros(len(what)))
         self.alpha = nn.Parameter(torch.tensor(alpha), requires_grad=alpha > 0)
         self.kappa = nn.Parameter(torch.tensor(kappa), requires_grad=kappa > 0)
