@@ -17,12 +17,14 @@ Run:  python cbsa.py                                               toy world, 5 
       python cbsa.py --no-unlabelled                               the baseline, supervised only
       python cbsa.py --data coco --root DIR --known 0.05           OpenAI's CLIP, fetched once
 
-Measured: see README.
+Measured on 3,000 photographs, 5 % of them labelled, with a small CLIP whose projection learns,
+three seeds, mAP of the last epoch: 32.4 ± 0.2; supervised only 31.8 ± 0.2, zero-shot 28.6.
 
 Differs from the paper, as far as can be known:
  1. "Where" and "what" have a prompt each (--one-prompt for one): the region showing a {class}
     attends, a photo of a {class} names.
  2. Pseudo-labels are made once an epoch, over all unlabelled images: the counts are then exact.
+    On real data those near the threshold are none (--band): half of them were wrong.
 """
 
 import math

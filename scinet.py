@@ -16,10 +16,11 @@ Run:  python scinet.py                                             toy world, 10
       python scinet.py --no-augment                                the baseline, known labels only
       python scinet.py --data coco --root DIR --known 0.1          OpenAI's CLIP, fetched once
 
-Measured: see README.
+Measured on 3,000 photographs, 10 % known, with a small CLIP, three seeds, mAP of the last epoch:
+31.6 ± 0.1; known labels only 31.3 ± 0.3, zero-shot 28.5.
 
 Differs from the paper, as far as can be known:
- 1. lambda_q is 0.03: on real scores, the paper's 0.4 drowns them (tests/fusion.py measures it).
+ 1. lambda_q is 0.03: the paper's 0.4 costs real scores 2 to 12 points (tests/fusion.py).
  2. Pearson's coefficients are of the confidences, known labels filled in: at 10 % known, one image
     in a hundred has both labels of a pair. They follow the confidences from epoch to epoch.
  3. Thresholds are never under 1/2; what passes teaches with its probability, not as 0 or 1.
