@@ -10,7 +10,7 @@ Run:  python sst.py                            toy world, 10 % known
       python sst.py --no-ist --no-cst          the baseline, SSGRL
       python sst.py --data coco --root DIR --known 0.5 --glove glove.6B.300d.txt
 
-Measured at 10 % known, three seeds, mAP of the last epoch: toy world 78.1 ± 1.0, SSGRL 76.1 ± 1.0;
+Measured at 10 % known, three seeds, mAP of the last epoch: toy world 78.1 ± 1.0, SSGRL 76.1 ± 1;
 2,000 photographs, a frozen MobileNetV2: 16.2 ± 0.4, SSGRL 12.7 ± 0.6.
 
 Differs from the paper (and from the authors' code: "theirs"):
