@@ -137,7 +137,8 @@ def main() -> None:
     logs = {cell: [log for out in outs if (log := finished(out))] for cell, outs in cells.items()}
     table = []
     for row, key in ZERO_SHOT.get(args.script, {}).items():
-        first = [[log[0][key] for log in logs.get(([*rows][-1], k), ())] for k in proportions]
+        of = next((name for name, (flags, _) in rows.items() if not flags), [*rows][0])
+        first = [[log[0][key] for log in logs.get((of, k), ())] for k in proportions]
         table.append([row, *map(mean_std, first)])
     for row in rows:
         line = [row]

@@ -11,9 +11,7 @@ inverse of their regularisation) that a MobileNetV2 feeds and that learned the k
 with --clip, the plain scores of a CLIP that learned nothing but the prior of each class. The
 neighbours are those of the features that S comes from.
 
-Features are kept in --cache, one file for each network, size and data set. A probe is what
-sklearn's LogisticRegression finds class by class, but all classes at once, known entries by a mask,
-in the basis of the features' principal components, where few steps of L-BFGS reach it.
+Features are kept in --cache, one file for each network, size and data set.
 """
 
 import argparse
@@ -26,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, normalize
+from sklearn.linear_model import LogisticRegression
+from torch.nn.functional import normalize
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -75,31 +74,15 @@ def prior_scores(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def probe(f: torch.Tensor, y: torch.Tensor, c: float) -> torch.Tensor:
-    """Scores (n, C) of logistic regressions, one a class, fitted to its known entries: the minimum
-    of |w|^2 / 2 + c sum of the cross-entropies, as sklearn's; 0 for a class without a positive."""
-    x = f - f.mean(0)  # the offset takes up the mean
-    x = x @ torch.linalg.eigh(x.T @ x).eigenvectors
-    known, present = (y != 0).float(), (y == 1).float()
-    # in units of these lengths, no direction's curvature is over 1
-    unit = (1 + c / 4 * known.mean() * x.square().sum(0)).rsqrt()
-    w = torch.zeros(x.shape[1], y.shape[1], requires_grad=True)
-    bias = ((present.sum(0) + 0.5) / (known.sum(0) + 1)).logit().requires_grad_()
-    # sklearn stops at a gradient of 1e-4 a known entry
-    how = dict(max_iter=200, history_size=20, tolerance_change=0)
-    how["tolerance_grad"] = 1e-6 * c * known.sum(0).mean().item()
-    optimizer = torch.optim.LBFGS([w, bias], line_search_fn="strong_wolfe", **how)
-
-    def closure():
-        optimizer.zero_grad()
-        logits = (x * unit) @ w + bias
-        loss = binary_cross_entropy_with_logits(logits, present, known, reduction="sum")
-        total = c * loss + (unit[:, None] * w).square().sum() / 2
-        total.backward()
-        return total
-
-    optimizer.step(closure)
-    with torch.no_grad():
-        return torch.sigmoid((x * unit) @ w + bias) * present.any(0)
+    """Probabilities (n, C) of logistic regressions, one a class, each fitted to its known entries;
+    0 for a class of which they do not show both values."""
+    s = torch.zeros(y.shape)
+    for k, labels in enumerate(y.T.numpy()):
+        known = labels != 0
+        if len({*labels[known]}) == 2:
+            fitted = LogisticRegression(C=c, max_iter=1000).fit(f[known], labels[known])
+            s[:, k] = torch.tensor(fitted.predict_proba(f)[:, 1])
+    return s
 
 
 def main() -> None:

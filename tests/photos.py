@@ -169,10 +169,14 @@ def main() -> None:
     def load_clip(*given) -> tuple:
         clip, tokenizer = of_clip(*given)
         trunk, numbers = clip.visual.trunk, clip.visual.preprocess_cfg
-        features = trunk.forward_features
-        trunk.forward_features = as_float  # of the map that is given: nothing is left to do
+        frozen, rest = trunk.forward_features, nn.Identity()
+        if getattr(script.parse_args(sys.argv[1:])[0], "train_trunk", "") == "last":
+            frozen = nn.Sequential(trunk.conv_stem, trunk.bn1, *trunk.blocks[:-1])
+            rest = nn.Sequential(trunk.blocks[-1], trunk.conv_head, trunk.bn2)
+        trunk.forward_features = lambda x: rest(x.float())
         mean, std = numbers["mean"], numbers["std"]
-        Views.key, Views.trunk = repr(given), lambda x: features(normalise(x, mean, std))
+        Views.key = repr(given) + ("" if isinstance(rest, nn.Identity) else " but the last stage")
+        Views.trunk = lambda x: frozen(normalise(x, mean, std))
         return clip, tokenizer
 
     build_trunk, of_clip = getattr(script, "build_trunk", None), common.load_clip

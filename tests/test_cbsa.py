@@ -463,6 +463,16 @@ def test_toy_clip_is_made_as_its_file_says(tmp_path):
         assert (committed / name).stat().st_size == (tmp_path / "clip" / name).stat().st_size
 
 
+def test_toy_report_ranks_a_clip_and_its_probes(monkeypatch, capsys):
+    world = toy.load(300)
+    monkeypatch.setattr(toy, "load", lambda: world)
+    toy.report("local-dir:tests/toy_clip")
+    lines = dict(line.split(": mAP ") for line in capsys.readouterr().out.splitlines())
+    zero_shot, probe, few = map(float, lines.values())
+    assert [*lines] == ["zero-shot", "linear probe, 100% known", "linear probe, 10% known"]
+    assert 40 < zero_shot < probe and few < probe <= 100
+
+
 @pytest.fixture(scope="module")
 def pictured():
     """The network that a first run starts from; f, u and labels of 300 scenes of no data set."""

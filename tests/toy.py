@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -265,8 +266,7 @@ def report(arch: str) -> None:
 
     def features(images: np.ndarray) -> Tensor:
         data = common.ImageDataset(images, np.zeros(len(images)), common.make_transform(size))
-        batches = common.make_loader(data, 100, 0)
-        return torch.cat([common.clip_features(net.visual, x)[0] for x, *_ in batches])
+        return torch.cat([common.clip_features(net.visual, x)[0] for x, *_ in DataLoader(data, 100)])
 
     f, f_test = features(x), features(x_test)
     scores = {"zero-shot": (f_test @ t.T).numpy()}
