@@ -150,9 +150,7 @@ def main() -> None:
                 found = statistics.mean(100 * end["pseudo_recall"] for end in ends)
                 line[-1] += f"; {right:.0f} / {found:.0f}"
         table.append(line)
-    print(
-        "mAP in percent, mean ± std (seeds); precision / recall of pseudo-labels, last epoch\n"
-    )
+    print("mAP in percent, mean ± std (seeds); precision / recall of pseudo-labels, last epoch\n")
     print(markdown_table([world, *(f"{known:.0%} known" for known in proportions)], table))
 
 

@@ -5,10 +5,11 @@
     python tests/photos.py CACHE --probe 0.001 sst.py ARGUMENTS...
 
 The script runs as it is, on the first IMAGES training images, with one difference: what its frozen
-trunk makes of an image is looked up in CACHE, where VIEWS random views of every image, by the
-script's own transform, were put the first time they were wanted. The test images are those of the
-data set or, to choose a setting, the last HELD_OUT training images. --probe trains, in the place of
-sst.py's network, a logistic regression a class on the mean of the map; its C is given.
+trunk (by --train-trunk last of cbsa.py, its stages before the last) makes of an image is looked up
+in CACHE, where VIEWS random views of every image, by the script's own transform, were put the first
+time they were wanted. The test images are those of the data set or, to choose a setting, the last
+HELD_OUT training images. --probe trains, in the place of sst.py's network, a logistic regression a
+class on the mean of the map; its C is given.
 """
 
 import hashlib

@@ -266,7 +266,8 @@ def report(arch: str) -> None:
 
     def features(images: np.ndarray) -> Tensor:
         data = common.ImageDataset(images, np.zeros(len(images)), common.make_transform(size))
-        return torch.cat([common.clip_features(net.visual, x)[0] for x, *_ in DataLoader(data, 100)])
+        batches = DataLoader(data, batch_size=100)
+        return torch.cat([common.clip_features(net.visual, x)[0] for x, *_ in batches])
 
     f, f_test = features(x), features(x_test)
     scores = {"zero-shot": (f_test @ t.T).numpy()}
