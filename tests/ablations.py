@@ -136,9 +136,9 @@ def main() -> None:
     proportions = sorted({known for _, known in cells})
     logs = {cell: [log for out in outs if (log := finished(out))] for cell, outs in cells.items()}
     table = []
-    for row, key in ZERO_SHOT.get(args.script, {}).items():
-        of = next((name for name, (flags, _) in rows.items() if not flags), [*rows][0])
-        first = [[log[0][key] for log in logs.get((of, k), ())] for k in proportions]
+    whole = [row for row, (flags, _) in rows.items() if not flags]  # others start elsewhere
+    for row, key in ZERO_SHOT.get(args.script, {}).items() if whole else ():
+        first = [[log[0][key] for log in logs.get((whole[0], k), ())] for k in proportions]
         table.append([row, *map(mean_std, first)])
     for row in rows:
         line = [row]
