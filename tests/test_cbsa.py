@@ -464,7 +464,7 @@ def test_toy_clip_is_made_as_its_file_says(tmp_path):
 
 
 def test_toy_report_ranks_a_clip_and_its_probes(monkeypatch, capsys):
-    world = toy.load(300)
+    world = toy.load(800)
     monkeypatch.setattr(toy, "load", lambda: world)
     toy.report("local-dir:tests/toy_clip")
     lines = dict(line.split(": mAP ") for line in capsys.readouterr().out.splitlines())
