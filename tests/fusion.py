@@ -19,12 +19,12 @@ import hashlib
 import statistics
 import sys
 from collections import defaultdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 import scinet  # noqa: E402
 import sst  # noqa: E402
+from tests import toy  # noqa: E402
 from tests.ablations import markdown_table  # noqa: E402
 
 
@@ -73,18 +74,6 @@ def prior_scores(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.sigmoid(logits + prior.logit() - logits.mean(0))
 
 
-def probe(f: torch.Tensor, y: torch.Tensor, c: float) -> torch.Tensor:
-    """Probabilities (n, C) of logistic regressions, one a class, each fitted to its known entries;
-    0 for a class of which they do not show both values."""
-    s = torch.zeros(y.shape)
-    for k, labels in enumerate(y.T.numpy()):
-        known = labels != 0
-        if len({*labels[known]}) == 2:
-            fitted = LogisticRegression(C=c, max_iter=1000).fit(f[known], labels[known])
-            s[:, k] = torch.tensor(fitted.predict_proba(f)[:, 1])
-    return s
-
-
 def main() -> None:
     ours = scinet.parse_args([])[0]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -108,7 +97,12 @@ def main() -> None:
     truth, kinds, found = torch.tensor(labels), {}, defaultdict(list)
     if args.c:
         f = trunk_features(images, args)
-        kinds |= {f"probe, C = {c:g}": (f, lambda y, c=c: probe(f, y, c)) for c in args.c}
+
+        def probed(y, c):
+            logits = toy.linear_probe(f.numpy(), y.numpy(), f.numpy(), c)
+            return torch.tensor(logits).sigmoid().float()
+
+        kinds |= {f"probe, C = {c:g}": (f, partial(probed, c=c)) for c in args.c}
     if args.clip:
         g, logits = clip_features(images, classes, args)
         kinds["CLIP"] = g, lambda y: prior_scores(logits, y)

@@ -25,13 +25,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
+from tests import toy  # noqa: E402
 
 normalise = common.normalise
 # what two cores can do: a MobileNetV2's map of 5 x 5 positions, narrow heads
@@ -128,11 +128,8 @@ def probe(args, c: float) -> None:
     y = common.hide_entries(train[1], args.known, args.mask_seed)
     plain = common.make_transform(args.size)
     x, x_test = (Views.load(part[0], plain)[:, 0].mean((2, 3), dtype="f") for part in (train, test))
-    scale, scores = x.std(0) + 1e-6, np.zeros(test[1].shape)
-    for k, known in enumerate(y.T != 0):
-        if len({*y[known, k]}) == 2:
-            fitted = LogisticRegression(C=c, max_iter=200).fit(x[known] / scale, y[known, k])
-            scores[:, k] = fitted.decision_function(x_test / scale)
+    scale = x.std(0) + 1e-6
+    scores = toy.linear_probe(x / scale, y, x_test / scale, c)
     mean = np.nanmean(common.average_precision(scores, test[1]))
     print(f"linear probe, {args.known:.0%} known, mask seed {args.mask_seed}: mAP {mean:.2f}")
 

@@ -473,6 +473,15 @@ def test_toy_report_ranks_a_clip_and_its_probes(monkeypatch, capsys):
     assert 40 < zero_shot < probe and few < probe <= 100
 
 
+def test_linear_probe_learns_known_entries_only(rng):
+    f, y = torch.rand(300, 12, generator=rng).numpy(), random_labels(rng, 300, 4).numpy()
+    y[:, 3] = -abs(y[:, 3])  # without a positive
+    logits, known = toy.linear_probe(f, y, f[:50], 1), y[:, 0] != 0
+    assert (abs(logits[:, :3]) < 100).all() and (logits[:, 3] == -1e4).all()
+    x, f[~known] = f[:50].copy(), 0  # what nobody labelled has no part in it
+    np.testing.assert_allclose(toy.linear_probe(f, y[:, :1], x, 1), logits[:, :1])
+
+
 @pytest.fixture(scope="module")
 def pictured():
     """The network that a first run starts from; f, u and labels of 300 scenes of no data set."""

@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score
 import common
 import scinet
 from common import InputError
-from tests import fusion, toy
+from tests import toy
 from tests.conftest import double, random_images, random_labels, unit
 
 B, C, D, N = 4, 5, 8, 9
@@ -238,15 +238,6 @@ def test_hidden_map_counts_what_nobody_knows_nowhere(rng):
     assert value == pytest.approx(100 * np.mean(ap))
     other = torch.where(truth == 0, torch.rand(50, C, generator=rng), p)
     assert scinet.hidden_map(other, y, truth) == value
-
-
-def test_probe_of_the_fusion_table_learns_known_entries_only(rng):
-    f, y = unit(rng, 300, 12).float(), random_labels(rng, 300, 4)
-    y[:, 3] = -y[:, 3].abs()  # without a positive
-    s, known = fusion.probe(f, y, 1), y[:, 0] != 0
-    assert ((s[:, :3] > 0) & (s[:, :3] < 1)).all() and not s[:, 3].any()
-    f[~known] = 0  # what nobody labelled has no part in it
-    torch.testing.assert_close(fusion.probe(f, y[:, :1], 1)[known], s[known, :1])
 
 
 # ------------------------------------------------------------------------------------- consistency
