@@ -70,12 +70,16 @@ def bare(frozen: nn.Module, trained: nn.Module, images: torch.Tensor, width: int
     return step
 
 
-def sst_step(C: int = 80, trunk: str = "all"):
-    arch, size, width, B = ("resnet101", 448, 1024, 32) if cuda else ("resnet18", 224, 256, 8)
-    flags = f"--data coco --arch {arch} --weights none --size {size} --width {width}"
+def sst_step(C: int = 80, trunk: str = "all", known: float = 0.1, arch: str = ""):
+    size, width, B = (448, 1024, 32) if cuda else (224, 256, 8)
+    arch = arch or ("resnet101" if cuda else "resnet18")
+    if arch == "resnet101":
+        size, width, B = 448, 1024, B if cuda else 2
+    flags = f"--data coco --arch {arch} --weights none --size {size} --width {width} --glove none"
     flags += f" --train-trunk {trunk} --precision {'bf16' if cuda else 'fp32'}"
-    args, y = sst.parse_args(flags.split())[0], partial_labels(B, C)
-    net = place(sst.build(args, classes_of(C), sst.cooccurrence(partial_labels(2000, C))))
+    args, y = sst.parse_args(flags.split())[0], partial_labels(B, C, known)
+    words = torch.randn(C, 300)
+    net = place(sst.build(args, words, sst.cooccurrence(partial_labels(2000, C, known))))
     optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=True)
     images, index = torch.randint(256, (B, 3, size, size), dtype=torch.uint8), torch.arange(B)
     net.prototypes, truth = place(torch.randn(C, width)), place(partial_labels(B, C, 1))
@@ -85,7 +89,8 @@ def sst_step(C: int = 80, trunk: str = "all"):
         sst.train_one_epoch(net, batches, optimizer, truth, 20, args)
 
     def floor():
-        frozen, trained, channels = sst.build_trunk(arch, "none", trunk)
+        frozen, trained = sst.split_trunk(sst.load_trunk(arch, "none"), trunk)
+        channels = net.project[0].in_channels
         return bare(frozen, trained, images, channels, C)
 
     return step, floor
@@ -100,7 +105,7 @@ def clip_flags(arch: str) -> str:
 def tower(visual: nn.Module, views: list, C: int, learns: bool):
     """Forward of a CLIP's image tower, backward of its last stage if that learns, a linear head."""
     visual, head = place(visual.requires_grad_(False)), place(nn.Linear(visual.output_dim, C))
-    learned = common.last_stage(visual) if learns else []
+    learned = cbsa.last_stage(visual) if learns else []
     for p in learned:
         p.requires_grad_(True)
     x = torch.cat(views)
@@ -146,9 +151,8 @@ def scinet_step(C: int = 80, arch: str = ""):
     net = place(scinet.build(args, classes_of(C)))
     views = [torch.randint(256, (B, 3, 224, 224), dtype=torch.uint8) for _ in range(3)]
     y, index, p = partial_labels(B, C), torch.arange(B), torch.rand(B, C)
-    memory = dict(p=p, s=p.clone(), seen=torch.ones(B, 1), sharp=torch.eye(C))
-    memory["count"] = torch.ones(C, dtype=torch.long)
-    more = *optimizing(net, args.lr), memory, partial_labels(B, C, 1), 5, args
+    memory = scinet.Memory(p, torch.ones(B, 1), p.clone(), torch.eye(C), torch.full((C,), 0.6))
+    more = *optimizing(net, args.lr), memory, 5, args
 
     def step():
         scinet.train_one_epoch(net, [(*views, y, index)], *more)
@@ -162,20 +166,22 @@ def scinet_step(C: int = 80, arch: str = ""):
 # ----------------------------------------------------------- equations against a literal reading
 
 
-def ist(C: int = 80, B: int = 8, D: int = 1024):
+def ist(C: int = 80, B: int = 8, D: int = 1024, known: float = 0.1):
     """Eq. 1-4 and Eq. 2's labels, forward and backward: every ordered pair, as printed."""
-    net, y = place(sst.PairNet(C, D, (512, 512))), place(partial_labels(B, C))
+    net, y = place(sst.PairNet(D, (512, 512))), place(partial_labels(B, C, known))
     f = place(torch.randn(B, C, D)).requires_grad_()
 
     def ours():
-        logits = net(f)
-        loss = sst.ist_loss(logits, sst.pair_targets(y))
+        target = sst.pair_targets(y)
+        logits = net(f, (target != 0) | (y == 1)[:, None])
+        loss = sst.ist_loss(logits, target)
         sst.intra_pseudo_labels(torch.sigmoid(logits.detach()), y, 0.75)
         loss.backward()
 
     def literal():
         a, b = f[:, :, None].expand(B, C, C, D), f[:, None].expand(B, C, C, D)
-        p = torch.sigmoid(net.rest(net.first(torch.cat((a, b), dim=-1)))).squeeze(-1)
+        x = torch.relu(net.first(torch.cat((a, b), dim=-1)))
+        p = torch.sigmoid(net.last(torch.relu(net.second(x)))).squeeze(-1)
         one, two = y[:, :, None], y[:, None]
         present, known = (one == 1) & (two == 1), (one != 0) & (two != 0)
         p_m = (p - 0.05).clamp(min=0)
@@ -188,20 +194,22 @@ def ist(C: int = 80, B: int = 8, D: int = 1024):
 
 
 def ist_of_authors(C: int = 80, B: int = 8, D: int = 1024):
-    """Eq. 1-4 as SST's authors build them: every unordered pair concatenated, and for each pair an
-    output vector of its own."""
-    net, y = place(sst.PairNet(C, D, (512, 1024))), place(partial_labels(B, C))
-    f, (i, j) = place(torch.randn(B, C, D)).requires_grad_(), net.pairs
+    """Eq. 1-4 of every unordered pair, concatenated, with an output vector for each, as SST's
+    authors build them but for the width of the first layer; against ours with --pairs all."""
+    net, y = place(sst.PairNet(D, (512, 1024))), place(partial_labels(B, C))
+    f, (i, j) = place(torch.randn(B, C, D)).requires_grad_(), torch.triu_indices(C, C, 1)
     vector = place(nn.Linear(1024, len(i))).weight
 
     def ours():
-        logits = net(f)
+        target = sst.pair_targets(y, "all")
+        logits = net(f, target != 0)
         sst.intra_pseudo_labels(torch.sigmoid(logits.detach()), y, 0.75)
-        sst.ist_loss(logits, sst.pair_targets(y, "all")).backward()
+        sst.ist_loss(logits, target).backward()
 
     def theirs():
         pairs = torch.cat((f[:, i], f[:, j]), dim=-1)  # (B, pairs, 2D)
-        logits = (net.rest[:-1](net.first(pairs)) * vector).sum(-1)
+        hidden = torch.relu(net.second(torch.relu(net.first(pairs))))
+        logits = (hidden * vector).sum(-1)
         matrix = logits.new_zeros(B, C, C)
         matrix[:, i, j] = matrix[:, j, i] = logits
         sst.intra_pseudo_labels(torch.sigmoid(matrix.detach()), y, 0.75)
@@ -329,7 +337,16 @@ def measurements(images: str | None):
         steps[name] = lambda step=step: step(arch="ViT-B-16-quickgelu")
     for name, build in steps.items():
         yield f"{name}_step_over_backbone", lambda build=build: over(*build())
-    yield "ist_vs_literal", lambda: timed(*ist())
+    for C in (20, 80, 200):
+        for known in (0.1, 0.5, 1.0):
+            yield (
+                f"sst_{C}_classes_{known:.0%}_known_step_over_backbone",
+                lambda C=C, known=known: over(*sst_step(C, known=known)),
+            )
+    paper = lambda: over(*sst_step(trunk="last", arch="resnet101"))  # noqa: E731
+    yield "sst_resnet101_step_over_backbone", paper
+    for known in (0.1, 0.5):
+        yield f"ist_{known:.0%}_known_vs_literal", lambda known=known: timed(*ist(known=known))
     yield "ist_vs_a_vector_per_pair", lambda: timed(*ist_of_authors())
     yield "cst_vs_literal", lambda: timed(*cst())
     for name in ("ist", "cst"):

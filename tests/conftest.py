@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
 import functools
-import os
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from tests import toy  # noqa: E402
 toy.scenes = functools.cache(toy.scenes)  # drawn once for all tests
 tokenizer = functools.cache(open_clip.factory.SimpleTokenizer)  # it reads a large vocabulary
 open_clip.factory.SimpleTokenizer = tokenizer
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # what tests compute is small: a second thread costs more than it does
 
 
 def pytest_configure(config):

@@ -50,10 +50,15 @@ def features(score, images, name: str, args) -> torch.Tensor:
     return torch.load(file, weights_only=True)
 
 
+def hidden_map(p, y, truth) -> float:
+    """mAP in percent of confidences p (n, C) for the hidden entries alone."""
+    hidden = torch.where(y == 0, truth, 0).numpy()
+    return common.multilabel_metrics(p.numpy(), hidden)["mAP"]
+
+
 def trunk_features(images, args) -> torch.Tensor:
     """The mean over positions of MobileNetV2's last map, (images, 1280)."""
-    frozen, trained, _ = sst.build_trunk("mobilenet_v2", args.weights)
-    trunk = torch.nn.Sequential(frozen, trained).eval()
+    trunk = sst.load_trunk("mobilenet_v2", args.weights).features.eval()
     score = lambda x: trunk(common.normalise(x)).mean((2, 3))  # noqa: E731
     return features(score, images, f"mobilenet_v2 {args.weights}", args)
 
@@ -114,7 +119,7 @@ def main() -> None:
             a_q = scinet.label_graph(torch.where(y == 0, s, (y == 1).float()), ours.related)
             for row, lambdas in rows.items():
                 p = scinet.fuse(s, y, a_n, a_q, *lambdas)
-                found[kind, row, known].append(scinet.hidden_map(p, y, truth))
+                found[kind, row, known].append(hidden_map(p, y, truth))
     table = []
     for kind, row in product(kinds, rows):
         values = [found[kind, row, known] for known in args.known]

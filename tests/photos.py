@@ -105,17 +105,20 @@ def split(load, images: int, held_out: int):
 def at_the_end(evaluate):
     """Before the first and after the last epoch only; it is a third of the time."""
 
-    def sometimes(net, loader, y, bf16: bool) -> tuple:
+    def sometimes(net, task, *more) -> tuple:
         run = Noting.run
         if run and run.entry["epoch"] < run.args.epochs:
             return dict(mAP=math.nan, mAP_interp=math.nan), None
-        return evaluate(net, loader, y, bf16)
+        return evaluate(net, task, *more)
 
     return sometimes
 
 
 class Noting(common.Run):
     run = None
+
+    def finish(self, task, logits) -> None:
+        print(self.log[-1])
 
     def begin(self, *epoch_and_loaders) -> None:
         super().begin(*epoch_and_loaders)
@@ -132,6 +135,17 @@ def probe(args, c: float) -> None:
     scores = toy.linear_probe(x / scale, y, x_test / scale, c)
     mean = np.nanmean(common.average_precision(scores, test[1]))
     print(f"linear probe, {args.known:.0%} known, mask seed {args.mask_seed}: mAP {mean:.2f}")
+
+
+class Known(nn.Module):
+    """Images go through the trunk; its maps, which were looked up, stay what they are."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.trunk(x) if x.shape[1] == 3 else x
 
 
 def as_float(x: Tensor, *mean_and_std) -> Tensor:
@@ -159,10 +173,12 @@ def main() -> None:
     recipe = script.RECIPES.get("coco", script.RECIPES["real"]) | RECIPES[method]
     script.RECIPES["coco"] = recipe | json.loads(args.recipe)
 
-    def look_up(arch: str, weights: str, learns: str) -> tuple:
-        frozen, trained, channels = build_trunk(arch, weights, "none")
-        Views.key, Views.trunk = f"{arch} {weights}", lambda x: frozen(normalise(x))
-        return nn.Identity(), trained, channels
+    def look_up(net: nn.Module, learns: str) -> tuple:
+        frozen, trained = split_trunk(net.eval(), learns)
+        given = script.parse_args(sys.argv[1:])[0]
+        Views.key = f"{given.arch} {given.weights}" + ("" if learns == "none" else f" {learns}")
+        Views.trunk = lambda x: frozen(normalise(x))
+        return Known(frozen), trained
 
     def load_clip(*given) -> tuple:
         clip, tokenizer = of_clip(*given)
@@ -177,19 +193,19 @@ def main() -> None:
         Views.trunk = lambda x: frozen(normalise(x, mean, std))
         return clip, tokenizer
 
-    build_trunk, of_clip = getattr(script, "build_trunk", None), common.load_clip
+    split_trunk = getattr(script, "split_trunk", None)
+    of_clip = common.load_clip
     changes = dict(
-        ImageDataset=Views, normalise=as_float, test_cells=lambda *_: [], load_clip=load_clip,
+        ImageDataset=Views, normalise=as_float, load_clip=load_clip,
         load_data=split(common.load_data, args.images, args.held_out), Run=Noting,
     )  # fmt: skip
     own = dict(evaluate=at_the_end(script.evaluate))
-    own |= dict(sst=dict(build_trunk=look_up), cbsa=dict(attention_cells=lambda *_: []), scinet={})[
-        method
-    ]
+    if method == "sst":
+        own["split_trunk"] = look_up
     with patch.multiple(common, **changes), patch.multiple(script, **own):
         if args.probe:
             given = script.parse_args(sys.argv[1:])[0]
-            look_up(given.arch, given.weights, "none")
+            look_up(script.load_trunk(given.arch, given.weights), "none")
             return probe(given, args.probe)
         common.run_script(script.main)
 

@@ -60,6 +60,7 @@ def serve(name: str, arguments: list[str], folder: str, where=None, act=None, li
     sys.argv = [f"{name}.py", *arguments]
     sys.stdout, sys.stderr = open("stdout", "a"), open("stderr", "a")
     torch.set_num_threads(1)
+    common.EPOCH = torch.zeros_like(common.EPOCH).share_memory_()  # of this process and its workers
     small_world()
     if where:
         module, function, number = where
@@ -73,3 +74,28 @@ def serve(name: str, arguments: list[str], folder: str, where=None, act=None, li
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def cst_case():
+    """A network of features (B, C, D), and 8 images with labels, some known."""
+    rng = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    net = torch.nn.Linear(6, 7)
+    x = torch.randn(8, 5, 6, generator=rng)
+    y = torch.randint(-1, 2, (8, 5), generator=rng).to(torch.int8)
+    return net, x, y
+
+
+def cst_gradient(rank: int, folder: str) -> None:
+    """The gradient that process `rank` of two has of L_cst, each with half of the images."""
+    common.PROCESSES, common.RANK = 2, rank
+    where = f"file://{folder}/meet"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    net, x, y = cst_case()
+    model = common.parallel(net, compiled=False)
+    own = slice(4 * rank, 4 * rank + 4)
+    sst.cst_loss(common.gather(model(x[own])), common.gather(y[own])).backward()
+    gradients = {name: p.grad for name, p in net.named_parameters()}
+    torch.save(gradients, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()

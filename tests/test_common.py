@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Labels, data sets on disk, loading and metrics."""
 
-import ast
+import gc
 import hashlib
 import http.server
 import io
 import json
 import math
+import os
 import threading
 import zipfile
 from argparse import Namespace
@@ -18,6 +19,8 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score
+from torch import nn
+from torchvision.transforms import v2
 
 import common
 from common import InputError
@@ -200,17 +203,21 @@ def test_folder_of_ones_own(folder):
 @pytest.mark.parametrize(
     ("file", "text", "word"),
     [
-        ("train.csv", b"my images/d.jpg,unicorn\n", "train.csv.*line 1 .*unicorn"),
-        ("train.csv", b"my images/d.jpg,cat;-cat\n", "train.csv.*line 1 .*cat"),
-        ("train.csv", b"my images/d.jpg,cat\nmy images/d.jpg,cat\n", "line 2"),
-        ("train.csv", b"my images/d.jpg\n", "line 1"),
-        ("train.csv", b"a.jpg,cat,hot dog\n", "line 1"),
+        ("train.csv", b"my images/d.jpg,unicorn\n", "^train.csv line 1: unicorn is no class"),
+        ("train.csv", b"my images/d.jpg,cat;-cat\n", "^train.csv line 1: -cat is .*both signs$"),
+        ("train.csv", b"\nd.jpg,cat\nd.jpg,cat\n", "d.jpg is twice .*csv line 2, train.csv line 3"),
+        ("train.csv", b"my images/d.jpg\n", "^train.csv line 1 "),
+        ("train.csv", b"a.jpg,cat,hot dog\n", "^train.csv line 1 "),
+        ("train.csv", b",\n , \n\na.jpg,cat,\n", "^train.csv line 4 "),
         ("train.csv", b"nowhere.jpg,cat\n", "nowhere.jpg"),
-        ("train.csv", b"\xff\xfe,cat\n", "train.csv"),
-        ("train.csv", b"", "names no image"),
-        ("test.csv", None, "test.csv"),
-        ("classes.txt", b"cat\ncat\n", "a class twice.*cat"),
-        ("classes.txt", None, "classes.txt"),
+        ("train.csv", b"\xff\xfe,cat\n", "train.csv.*CSV UTF-8"),
+        ("train.csv", "D\u00fcrer.jpg,cat\n".encode("cp1252"), "train.csv.*CSV UTF-8"),
+        ("train.csv", b"", "list of train names no image"),
+        ("test.csv", b",\n", "list of test names no image"),
+        ("test.csv", None, "test.csv is not there"),
+        ("classes.txt", b"cat\ndog\ncat\n", "^classes.txt: class cat is twice there: 0, 2$"),
+        ("classes.txt", b"\xff\n", "classes.txt.*CSV UTF-8"),
+        ("classes.txt", None, "classes.txt is not there"),
     ],
 )
 def test_folder_with_mistakes_names_file_and_line(folder, file, text, word):
@@ -276,18 +283,22 @@ def test_a_download_that_breaks_is_named_and_goes_on_when_repeated(server):
     assert classes == ["person", "toothbrush"] and len(y) == 3
     number = len(server.asked)
     common.load_data("coco", root, fetch=True)  # nothing is fetched twice
-    assert len(server.asked) == number and not list(server.root.rglob("*.zip"))
+    assert len(server.asked) == number
+    kept = sorted(path.name for path in server.root.rglob("*") if path.suffix in (".zip", ".done"))
+    assert kept == sorted(Path(url).name for url in common.COCO)
 
 
-def test_ones_own_folder_cannot_be_downloaded(tmp_path):
-    with pytest.raises(InputError, match="--download cannot fetch folder: it is your own"):
-        common.load_data("folder", str(tmp_path), fetch=True)
+@pytest.mark.parametrize("name", ["folder", "vg200", "nuswide", "cub"])
+def test_what_has_no_known_address_cannot_be_downloaded(name, tmp_path):
+    with pytest.raises(InputError, match=f"--download cannot fetch {name}$"):
+        common.load_data(name, str(tmp_path), fetch=True)
 
 
-def test_a_label_that_is_no_class_names_the_image(voc):
+@pytest.mark.parametrize("label", ["chair", "dog"])  # dog: of a difficult object
+def test_a_label_that_is_no_class_names_the_file(label, voc):
     path = voc / "VOCdevkit" / "VOC2007" / "Annotations" / "000005.xml"
-    path.write_text(path.read_text().replace("chair", "unicorn"))
-    with pytest.raises(InputError, match="000005.jpg has labels.*unicorn"):
+    path.write_text(path.read_text().replace(label, "unicorn"))
+    with pytest.raises(InputError, match="000005.xml shows unicorn, which is no class of VOC$"):
         common.load_data("voc2007", str(voc))
 
 
@@ -326,15 +337,16 @@ def test_16_bits_are_scaled_and_not_clipped(tmp_path):
     assert (np.asarray(common.open_image(tmp_path / "x.png"))[..., 0] == grey >> 8).all()
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photographs_load_upright(orientation, tmp_path):
+def test_photographs_load_upright(orientation, kind, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(256, size=(4, 6, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[0x0112] = orientation
     turned = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # orientation: what the camera did, inverse
     stored = image.transpose(turned[orientation]) if orientation > 1 else image
-    stored.save(tmp_path / "x.png", exif=exif)
-    assert (np.asarray(common.open_image(tmp_path / "x.png")) == np.asarray(image)).all()
+    stored.save(tmp_path / f"x.{kind}", exif=exif)
+    assert np.array_equal(common.open_image(tmp_path / f"x.{kind}"), image)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -348,22 +360,58 @@ def test_transparency_is_laid_on_white(mode, tmp_path):
     assert (np.asarray(common.open_image(tmp_path / "x.png")) == 255).all()
 
 
-def test_batches_are_shuffled_by_the_generator_and_leave_out_a_smaller_last_one():
+def test_batches_are_shuffled_by_the_epoch_and_leave_out_a_smaller_last_one():
     images, y, _ = toy.scenes(20, 3)
-    data, args = common.ImageDataset(images, y, common.make_transform(64)), Namespace(workers=0)
-    args.batch_size = 8
-    torch.manual_seed(1)
-    first = [index for *_, index in common.make_loader(data, args, train=True)]
-    again = [index for *_, index in common.make_loader(data, args, train=True)]
-    torch.manual_seed(1)
-    same = [index for *_, index in common.make_loader(data, args, train=True)]
-    assert [len(index) for index in first] == [8, 8]
+    data = common.ImageDataset(images, y, common.make_transform(64))
+    args = Namespace(workers=0, batch_size=8)
+
+    def batches(epoch):
+        loader = common.make_loader(data, args, train=True)
+        loader.sampler.set_epoch(epoch)
+        return [index for *_, index in loader]
+
+    first = batches(1)
+    torch.rand(5)  # the generator of everything else has no part in it
+    same = batches(1)
+    again = batches(2)
+    assert [len(index) for index in first] == [8, 8] and len({*torch.cat(first).tolist()}) == 16
     assert torch.equal(torch.cat(first), torch.cat(same))
     assert not torch.equal(torch.cat(first), torch.cat(again))
     ordered = [index for *_, index in common.make_loader(data, args)]
     assert torch.cat(ordered).tolist() == list(range(20))
     args.batch_size = 64  # a single smaller batch stays
     assert [len(index) for *_, index in common.make_loader(data, args, train=True)] == [20]
+
+
+def test_random_views_hang_on_epoch_and_image_alone():
+    images, y, _ = toy.scenes(12, 3)
+    weak = common.make_transform(32, (448, 320))
+    strong = v2.Compose([v2.RandAugment(2, 9), weak, v2.RandomErasing(0.5)])
+    data = common.ImageDataset(images, y, weak, strong)
+
+    def views(loader, epoch, sampled):
+        common.EPOCH.fill_(epoch)
+        loader.sampler.set_epoch(sampled)
+        found = {}
+        for first, second, _, index in loader:
+            for i, *pair in zip(index.tolist(), first, second, strict=True):
+                found[i] = torch.stack(pair).clone()
+        return torch.stack([found[i] for i in range(12)])
+
+    here = common.make_loader(data, Namespace(workers=0, batch_size=4), train=True)
+    others = common.make_loader(data, Namespace(workers=2, batch_size=3), train=True)
+    assert others.persistent_workers
+    before = common.EPOCH.item()
+    first = views(here, 1, 1)
+    second = views(here, 2, 1)
+    assert torch.equal(views(others, 1, 5), first)
+    assert torch.equal(views(others, 2, 5), second)  # by the same workers, which live on
+    assert torch.equal(views(here, 1, 7), first)
+    common.EPOCH.fill_(before)
+    changed = (first != second).flatten(2).any(2)  # (12, 2)
+    assert changed.all()
+    picture = common.ImageDataset(images[:1].repeat(2, 0), y[:2], weak)
+    assert not torch.equal(picture[0][0], picture[1][0])  # another image, another view
 
 
 def test_outputs_keep_the_order_of_the_images():
@@ -373,6 +421,22 @@ def test_outputs_keep_the_order_of_the_images():
     mean = common.outputs(lambda x: (x.float().mean((1, 2, 3)),), loader, torch.device("cpu"))[0]
     expected = torch.tensor(images).float().mean((1, 2, 3))
     torch.testing.assert_close(mean, expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+def test_outputs_keep_nothing_that_a_worker_sent():
+    images, y, _ = toy.scenes(60, 3)
+    data = common.ImageDataset(images, y, common.make_transform(8))
+    loader = common.make_loader(data, Namespace(workers=1, batch_size=1))
+    opened = []
+
+    def forward(x):
+        opened.append(len(os.listdir("/proc/self/fd")))
+        return x.float().mean((1, 2, 3)), x.float().amax((1, 2, 3))
+
+    mean, most = common.outputs(forward, loader, torch.device("cpu"))
+    assert len(mean) == len(most) == len(opened) == 60
+    assert max(opened[30:]) <= max(opened[:30]) + 5  # at most a few batches are on their way
 
 
 # ----------------------------------------------------------------------------------------- metrics
@@ -490,23 +554,94 @@ def test_log_entries_are_means_of_losses_and_quality_of_unknown_entries():
 # -------------------------------------------------------------------------------------------- runs
 
 
-def test_a_wrong_argument_is_named_with_its_rule():
-    good = dict(known=0.1, size=32, epochs=1, batch_size=2, lr=0.1, limit=None, workers=0, seed=0)
-    good |= dict(eval=False, predict=None, resume=None, dry_run=False)
-    assert common.check_args(Namespace(**good)).size == 32
-    for name, value in dict(known=1.01, size=0, lr=math.nan, workers=-1, seed=2**32).items():
-        with pytest.raises(InputError, match=f"--{name} {value} must be"):
-            common.check_args(Namespace(**good | {name: value}))
+def parsed(*flags):
+    parser = common.arguments("doc", known="images", mask_seed=0, batch_size=2)
+    return common.parse(parser, dict(real={}), "sst", flags)[0]
 
 
-def test_lines_of_every_file_stay_within_what_a_reader_can_take():
-    root = Path(__file__).resolve().parent.parent
-    most = {"sst.py": 400, "cbsa.py": 400, "scinet.py": 420, "common.py": 650, "tests/toy.py": 300}
-    for name, lines in most.items():
-        text = (root / name).read_text().splitlines()
-        assert len(text) <= lines and max(map(len, text)) <= 100, (name, len(text))
-        for node in ast.walk(ast.parse("\n".join(text))):
-            if isinstance(node, ast.FunctionDef):
-                length = node.end_lineno - node.lineno + 1
-                assert length <= dict(main=60, parse_args=48).get(node.name, 60), (name, node.name)
-                assert len(node.args.args) + len(node.args.kwonlyargs) <= 8, (name, node.name)
+WRONG = dict(known="0 -0.1 1.01 nan", size="0 -1", lr="nan inf 0 -1", workers="-1", epochs="0")
+WRONG |= {"seed": f"-1 {2**32}", "mask-seed": f"-1 {2**32}", "limit": "0", "batch-size": "0"}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_argument_is_named_with_its_rule(name):
+    for value in WRONG[name].split():
+        with pytest.raises(InputError, match=f"argument --{name}: {value} must be") as error:
+            parsed(f"--{name}={value}")
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=f"argument --{name}: invalid (int|float) value: 'many'"):
+        parsed(f"--{name}=many")
+
+
+def test_the_ends_of_what_an_argument_may_be_are_right():
+    args = parsed("--known=1", "--size=1", f"--seed={2**32 - 1}", "--mask-seed=0", "--workers=0")
+    assert (args.known, args.size, args.workers) == (1, 1, 0)
+    assert (args.seed, args.mask_seed) == (2**32 - 1, 0)
+    args = parsed("--known=0.01", "--lr=1e-9", "--limit=1", "--batch-size=1", "--epochs=1")
+    assert (args.known, args.lr) == (0.01, 1e-9)
+    assert (args.limit, args.batch_size, args.epochs) == (1, 1, 1)
+
+
+def a_run(out, net=None, **more):
+    net = net or nn.Linear(1, 1)
+    args = Namespace(**dict(out=out, resume=None, dry_run=False, seed=3, batch_size=2) | more)
+    about = dict(method="sst", data="x", mask="", classes=["cat"])
+    optimizer = torch.optim.Adam(net.parameters())
+    return common.Run(args, about, None, model=net, optimizer=optimizer)
+
+
+def a_task(images, y, classes):
+    return SimpleNamespace(test_images=images, test_y=y, classes=classes)
+
+
+def test_a_run_takes_its_folder_alone_and_leaves_none_that_is_empty(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = a_run("a/b")
+    assert Path("a/b").is_dir()
+    with pytest.raises(InputError, match="--out a/b is there; add --resume auto"):
+        a_run("a/b")
+    assert Path("a/b").is_dir()  # it is still that of the first
+    del run
+    gc.collect()
+    assert not Path("a/b").exists()
+    run = a_run("a/b")
+    run.add(dict(epoch=1, mAP=math.nan, loss=1.0))
+    del run
+    gc.collect()
+    assert json.loads(Path("a/b/log.jsonl").read_text().splitlines()[1])["mAP"] is None
+    again = a_run("a/b", resume="auto")
+    assert again.out == Path("a/b")
+    with pytest.raises(InputError, match="--out a/b is there"):
+        a_run("a/b", resume="a/last.pt")  # of another folder
+    runs = [a_run(None), a_run(None)]
+    assert [run.out for run in runs] == [Path("runs/sst-x-1"), Path("runs/sst-x-2")]
+    a_run("dry", dry_run=True).add(dict(epoch=1, mAP=1.0))
+    assert not Path("dry").exists()
+
+
+def test_what_no_image_can_tell_is_printed_as_none(tmp_path, capsys):
+    values = (None, math.nan, 0.0, 12.346)
+    assert [common.percent(x) for x in values] == ["none", "none", "0.00", "12.35"]
+    run = a_run(str(tmp_path / "run"))
+    y = -np.ones((3, 1), int)
+    metrics = common.multilabel_metrics(np.zeros((3, 1)), y)
+    assert math.isnan(metrics["mAP"]) and math.isnan(metrics["mAP_interp"])
+    assert metrics["empty_classes"] == 1
+    run.entry = dict(epoch=1)
+    run.add(run.entry | metrics)
+    capsys.readouterr()
+    run.finish(a_task(np.zeros((3, 8, 8, 3), np.uint8), y, ["cat"]), torch.zeros(3, 1))
+    assert "| mAP | none | none |" in capsys.readouterr().out
+    assert (tmp_path / "run" / "samples.png").exists()
+
+
+def test_what_is_random_in_a_network_is_repeated_with_its_epoch(tmp_path):
+    """As of the stochastic depth of a trunk, wherever the order and the views come from."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5))
+    run = a_run(str(tmp_path / "run"), net)
+    loader = common.make_loader(range(8), Namespace(workers=0, batch_size=2), train=True)
+    found = []
+    for epoch in (1, 2, 1):
+        run.begin(epoch, loader)
+        found.append(net(torch.ones(64, 1)) == 0)
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])

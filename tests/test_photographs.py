@@ -2,13 +2,17 @@
 """Photographs and label lists as people have them, and predictions that they can use."""
 
 import csv
+import gc
 import io
+import os
 import shutil
+import struct
 import sys
 import unicodedata
 from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,9 +41,10 @@ def write(root, train, test="t.png,cat\n", classes="cat\ndog\nowl\n"):
 def task(root, **more):
     """load_task's training labels, test labels, and what hiding left of the former."""
     args = dict(data="folder", root=str(root), limit=None, download=False, complete=False)
-    args |= dict(known=1.0, mask_seed=0, eval=False, epochs=1, lr=0.1, batch_size=2) | more
+    args |= dict(known=1.0, mask_seed=0, eval=False, epochs=1, lr=0.1, batch_size=2)
+    args |= dict(size=32, workers=0) | more
     found = common.load_task(Namespace(**args), None, "sst", common.hide_entries)
-    return found[1][1].tolist(), found[2][1].tolist(), found[3].tolist()
+    return found.truth.tolist(), found.test_y.tolist(), found.y.tolist()
 
 
 def test_lists_of_positives_only_are_refused_with_both_ways_out(tmp_path, capsys):
@@ -63,7 +68,8 @@ def test_test_lists_leave_out_what_is_unknown_if_they_say_what_is_absent(tmp_pat
 @pytest.mark.parametrize("again", ["./a.png,dog", "x/../a.png,cat", ".\\a.png,-cat"])
 def test_an_image_in_two_lines_is_named_with_both(again, tmp_path):
     write(tmp_path, f"a.png,cat;-dog\n\nb.png,dog\n{again}\n")
-    with pytest.raises(InputError, match=r"train.csv .*line 4 is of the image of line 1, .*a\.png"):
+    words = r"image .*a\.png is twice there: train.csv line 1, train.csv line 4$"
+    with pytest.raises(InputError, match=words):
         task(tmp_path)
 
 
@@ -72,6 +78,54 @@ def test_an_image_in_both_lists_is_a_warning_that_names_it(tmp_path, capsys):
     task(tmp_path)
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "1 images are in both lists" in error and "b.png" in error
+
+
+def test_blank_rows_of_a_spreadsheet_are_skipped(tmp_path):
+    write(tmp_path, ",\na.png,cat;-dog;-owl\n , \n\nb.png,\n,\n", ",\nt.png,owl;dog\n,\n")
+    train, test, _ = task(tmp_path)
+    assert train == [[1, -1, -1], [0, 0, 0]] and test == [[-1, 1, 1]]
+
+
+def test_a_class_that_no_image_shows_is_a_warning_that_names_it(tmp_path, capsys):
+    write(tmp_path, "a.png,cat;-dog\nb.png,-owl\n")
+    task(tmp_path)
+    assert capsys.readouterr().err == "warning: no image shows dog, owl\n"
+    write(tmp_path, "a.png,cat;-dog\nb.png,-owl\n", "t.png,dog;owl\n")
+    task(tmp_path, limit=1)  # a limit hides no class
+    assert not capsys.readouterr().err
+
+
+def test_a_test_part_without_a_positive_is_a_warning(tmp_path, capsys):
+    write(tmp_path, "a.png,cat;-dog;-owl\nb.png,dog;-cat;owl\n", "t.png,-cat\n")
+    task(tmp_path)
+    assert capsys.readouterr().err == "warning: no test image shows any class: mAP is none\n"
+
+
+def test_a_resumed_run_has_the_task_of_its_checkpoint(tmp_path):
+    write(tmp_path, "a.png,cat;-dog;-owl\nb.png,dog;-cat;owl\n")
+    args = dict(data="folder", root=str(tmp_path), limit=None, download=False, complete=False)
+    args |= dict(known=1.0, mask_seed=0, eval=False, epochs=1, lr=0.1, batch_size=2)
+    args = Namespace(**args, size=32, workers=0)
+    found = common.load_task(args, None, "sst", common.hide_entries)
+    assert found.classes == ["cat", "dog", "owl"] == found.about["classes"]
+    assert found.images == [str(tmp_path / name) for name in ("a.png", "b.png")]
+    assert found.test_images == [str(tmp_path / "t.png")]
+    (view, y, index), = found.test_loader
+    assert view.shape == (1, 3, 32, 32) and view.dtype == torch.uint8
+    assert y.tolist() == found.test_y.tolist() and index.tolist() == [0]
+    common.load_task(args, dict(found.about), "sst", common.hide_entries)
+    others = dict(epochs=9, lr=0.2, batch_size=3, mask="x", data="voc2007", classes=["cat"])
+    for name, value in others.items():
+        state = found.about | {name: value}
+        with pytest.raises(InputError, match=f"--resume: {name} was .* now; .*another --out"):
+            common.load_task(args, state, "sst", common.hide_entries)
+    args.eval = True  # for which only the classes count
+    for name, value in others.items():
+        if name != "classes":
+            common.load_task(args, found.about | {name: value}, "sst", common.hide_entries)
+    with pytest.raises(InputError, match="--resume: classes was"):
+        state = found.about | dict(classes=["cat"])
+        common.load_task(args, state, "sst", common.hide_entries)
 
 
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
@@ -133,6 +187,65 @@ def test_what_follows_a_whole_photograph_does_no_harm(tmp_path):
     assert np.asarray(common.open_image(tmp_path / "x.jpg"))[0, 0, 0] > 190
 
 
+SHORT, RATIONAL, FLOAT = 3, 5, 11  # types of an entry
+
+
+def exif(*entries, end=b"\0\0\0\0"):
+    """An EXIF block of entries (tag, type, number, four bytes)."""
+    head = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries))
+    return head + b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries) + end
+
+
+TURNED = (0x112, SHORT, 1, b"\6\0\0\0")  # orientation 6
+BLOCKS = {  # block, can the orientation be read?
+    "whole": (exif(TURNED), True),
+    "resolution is a text": (exif(TURNED, (0x11A, 2, 4, b"abc\0")), True),
+    "no end": (exif(TURNED, (0x11A, 2, 4, b"abc\0"), end=b""), True),
+    "cut": (exif(TURNED, (0x11A, 2, 4, b"abc\0"))[:36], True),
+    "points outside": (exif(TURNED, (0x11A, RATIONAL, 1, b"\xff\xff\xff\x7f")), True),
+    "no such type": (exif(TURNED, (0x11A, 99, 1, b"abcd")), True),
+    "more entries than there": (exif(TURNED).replace(b"\x01\0\x12", b"\xff\0\x12"), True),
+    "two orientations": (exif((0x112, SHORT, 2, b"\6\0\6\0")), True),
+    "rational": (exif((0x112, RATIONAL, 1, b"\x1a\0\0\0"), end=struct.pack("<III", 0, 6, 1)), None),
+    "float": (exif((0x112, FLOAT, 1, struct.pack("<f", 6))), None),
+    "float, not whole": (exif((0x112, FLOAT, 1, struct.pack("<f", 6.5))), False),
+    "no orientation": (exif((0x112, SHORT, 1, b"\x09\0\0\0")), False),
+    "a text": (exif((0x112, 2, 4, b"six\0")), False),
+    "noise": (b"Exif\0\0" + bytes(range(100, 140)), False),
+    "nothing": (b"Exif\0\0", False),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of what Pillow finds
+@pytest.mark.parametrize("kind", ["jpg", "jpg, a film behind", "png", "webp"])
+@pytest.mark.parametrize("case", BLOCKS)
+def test_a_photograph_whose_exif_is_damaged_loads(case, kind, tmp_path):
+    block, readable = BLOCKS[case]
+    stored = Image.new("RGB", (6, 4), (200, 0, 0))
+    stored.paste((0, 0, 200), (3, 0, 6, 4))  # blue at the right, below where the head is up
+    path = tmp_path / f"x.{kind[:4].rstrip(',')}"
+    stored.save(path, exif=block, quality=95)
+    if "film" in kind:  # looking then decodes
+        path.write_bytes(path.read_bytes() + b"a film that the phone put here")
+    common.open_image(path, decode=False)
+    image = common.open_image(path)
+    assert image.mode == "RGB" and image.size in ((4, 6), (6, 4))
+    if readable is not None:  # such an orientation is none, or 6
+        assert image.size == ((4, 6) if readable else (6, 4))
+    if image.size == (4, 6):
+        assert image.getpixel((1, 5))[2] > 120 > image.getpixel((1, 5))[0]
+        assert image.getpixel((1, 0))[0] > 120 > image.getpixel((1, 0))[2]
+
+
+@pytest.mark.parametrize("name", ["x.heic", "x.HEIF", "x.jpg"])
+def test_photographs_of_other_phones_are_refused_with_what_to_do(name, tmp_path):
+    (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    hint = "replace or remove it" if name == "x.jpg" else "convert it to JPEG or PNG"
+    for decode in (False, True):
+        with pytest.raises(InputError, match=f"{name} cannot be read; {hint} "):
+            common.open_image(tmp_path / name, decode=decode)
+
+
 # -------------------------------------------------------------------------------- what comes out
 
 
@@ -173,11 +286,14 @@ def test_a_test_image_that_breaks_inside_ends_the_run_before_it_trains(trained):
     common.open_image("7.png", decode=False)
     status, out, error = trained(*FLAGS, "--out", "new")
     assert status == 2 and "7.png cannot be read" in error.splitlines()[-1], error
+    gc.collect()
     assert "epoch" not in out and not Path("new").exists()
 
 
-def table():
-    with open("run/predictions.csv", encoding="utf-8", newline="") as file:
+def table(folder="run"):
+    path = Path(folder, "predictions.csv")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")  # the BOM that Excel looks for
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         return list(csv.reader(file))
 
 
@@ -187,6 +303,8 @@ def test_predictions_of_files_and_folders_are_one_table(trained):
     Image.open("6.png").save(mine / "a, b é.png")
     Image.open("7.png").save("mine/c.png")
     (mine / ".hidden").write_text("x")
+    Path("mine/.thumbnails").mkdir()
+    shutil.copy("6.png", "mine/.thumbnails/t.png")
     (mine / "broken.jpg").write_text("x")
     asked = ["6.png", "nowhere.png", "mine"]
     status, out, error = trained("--predict", *asked, "--resume", "run/last.pt")
@@ -195,7 +313,9 @@ def test_predictions_of_files_and_folders_are_one_table(trained):
     head, *rows = table()
     assert head == ["path", "hot dog", "кошка", "100%_wool"]
     assert [row[0] for row in rows] == ["6.png", "mine/c.png", "mine/deeper/a, b é.png"]
-    assert out.count("кошка 0.") == 3 and "mine/c.png: " in out
+    assert out.count("кошка 0.") == 3 and "mine/c.png: " in out and "anew" not in out
+    assert "a second time: .hidden in mine/deeper\n" in out
+    assert "a second time: .thumbnails in mine\n" in out
     # the same numbers as --eval has for the same image
     Path("test.csv").write_text("6.png,hot dog\n")
     assert trained("--eval", "--resume", "run/last.pt")[0] == 0
@@ -203,8 +323,47 @@ def test_predictions_of_files_and_folders_are_one_table(trained):
     assert saved["classes"].tolist() == head[1:] and saved["labels"].tolist() == [[1, -1, -1]]
     expected = 1 / (1 + np.exp(-saved["logits"][0]))
     np.testing.assert_allclose([float(x) for x in rows[0][1:]], expected, atol=1e-5)
-    status, _, error = trained("--predict", "mine/c.png", "--resume", "run/last.pt")
+    status, out, error = trained("--predict", "mine/c.png", "--resume", "run/last.pt")
     assert status == 0 and not error and len(table()) == 2
+    assert f"{Path('run/predictions.csv')} is written anew\n" in out
+
+
+def test_links_are_followed_and_no_folder_is_predicted_twice(trained):
+    Path("mine/a").mkdir(parents=True)
+    Path("far").mkdir()
+    shutil.copy("6.png", "mine/a/x.png")
+    shutil.copy("7.png", "far/y.png")
+    Path("mine/b").symlink_to(Path("far").absolute())
+    Path("mine/a/up").symlink_to(Path("mine").absolute())  # a circle
+    Path("far/again").symlink_to(Path("mine/a").absolute())
+    asked = ["mine", "far", "mine/a/x.png"]
+    status, out, error = trained("--predict", *asked, "--resume", "run/last.pt")
+    assert status == 0 and not error, error
+    names = [row[0] for row in table()[1:]]
+    assert names == ["mine/a/x.png", "mine/b/y.png", "mine/a/x.png"]  # asked for by itself: again
+    said = [line for line in out.splitlines() if line.startswith("not predicted")]
+    assert [line.split(" in ")[1] for line in said] == ["mine/a/up", "mine/b/again", "far"]
+    assert "x.png" in said[1] and "y.png" in said[2]
+
+
+def test_names_that_are_not_utf_8_keep_their_bytes(trained):
+    name = os.fsdecode(b"D\xfcrer.png")
+    try:
+        shutil.copy("6.png", name)
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    status, _, error = trained("--predict", name, "--resume", "run/last.pt")
+    assert status == 0 and not error, error
+    assert os.fsencode(table()[1][0]) == b"D\xfcrer.png"
+
+
+def test_a_new_folder_is_made_for_what_is_predicted_or_evaluated(trained):
+    status, _, error = trained("--predict", "6.png", "--resume", "run/last.pt", "--out", "a/b")
+    assert status == 0 and not error and len(table("a/b")) == 2
+    assert not Path("run/predictions.csv").exists()
+    status, _, error = trained("--eval", "--resume", "run/last.pt", "--out", "c/d")
+    assert status == 0 and not error and Path("c/d/predictions.npz").exists()
+    assert not Path("run/predictions.npz").exists()
 
 
 def test_names_that_the_terminal_has_no_letters_for_do_not_end_the_program(trained, monkeypatch):
@@ -227,12 +386,13 @@ def test_pictures_number_the_classes_that_their_font_cannot_write(tmp_path, monk
         return draw(self, at, text, *more, **style)
 
     monkeypatch.setattr(common.ImageDraw.ImageDraw, "text", record)
-    args = Namespace(out=str(tmp_path), resume=None, dry_run=False)
+    args = Namespace(out=str(tmp_path / "run"), resume=None, dry_run=False)
     about = dict(method="sst", data="x", mask="", classes=["hot dog", "кошка", "Dürer"])
     run = common.Run(args, about, None, model=nn.Linear(1, 1))
     run.log.append(dict(epoch=1, mAP=1.0))
-    labels = common.likeliest(torch.tensor([0.1, 0.9, 0.5]), np.array([0, 1, -1]))
-    run.finish([(Image.new("RGB", (9, 9)), labels)])
+    found = SimpleNamespace(test_images=np.zeros((1, 9, 9, 3), np.uint8), classes=about["classes"])
+    found.test_y = np.array([[0, 1, -1]])
+    run.finish(found, torch.tensor([[0.1, 0.9, 0.5]]).logit())
     assert drawn == [("#2 0.90", "green"), ("#3 0.50", "red"), ("hot dog 0.10", "gray")]
     assert "by number if not ASCII" in capsys.readouterr().out
 
@@ -244,7 +404,17 @@ def test_unknown_test_labels_are_gray_and_unknown_wherever_they_come(trained):
     saved = np.load("run/predictions.npz")
     assert saved["labels"].tolist() == [[1, -1, 0], [-1, 0, 0]]
     order = saved["logits"][:, 0]
-    assert f"hot dog: {100 if order[0] > order[1] else 50:.2f}" in out and "100%_wool: nan" in out
+    assert f"hot dog: {100 if order[0] > order[1] else 50:.2f}" in out
+    assert "\nкошка: none\n100%_wool: none\n" in out
+
+
+def test_an_evaluation_on_no_positive_is_none(trained):
+    Path("test.csv").write_text("6.png,-hot dog;-кошка\n7.png,-hot dog\n", "utf-8")
+    status, out, error = trained("--eval", "--resume", "run/last.pt")
+    assert status == 0 and error == "warning: no test image shows any class: mAP is none\n"
+    said = out.splitlines()
+    assert {"mAP: none", "mAP_interp: none", "empty_classes: 3.00"} <= {*said}
+    assert "nan" not in out
 
 
 def test_more_epochs_of_a_run_say_what_to_do(trained):
@@ -280,8 +450,9 @@ def test_a_headless_state_dict_of_a_resnet_is_one_of_sst(tmp_path):
     state = get_model("resnet18", weights=None).state_dict()
     state = {f"module.{name}": x for name, x in state.items() if not name.startswith("fc.")}
     torch.save(state, tmp_path / "x.pth")
-    frozen, trained, channels = sst.build_trunk("resnet18", str(tmp_path / "x.pth"))
-    assert channels == 512 and torch.equal(frozen[0].weight, state["module.conv1.weight"])
+    frozen, trained = sst.split_trunk(sst.load_trunk("resnet18", str(tmp_path / "x.pth")))
+    assert trained.eval()(frozen.eval()(torch.zeros(1, 3, 64, 64))).shape == (1, 512, 2, 2)
+    assert torch.equal(frozen[0].weight, state["module.conv1.weight"])
     assert torch.equal(trained[0][1].conv2.weight, state["module.layer4.1.conv2.weight"])
 
 

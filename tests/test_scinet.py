@@ -2,20 +2,23 @@
 """SCINet: prompter, graphs, fusion and consistency against literal readings and closed forms."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import average_precision_score
 
 import common
 import scinet
-from common import InputError
 from tests import toy
 from tests.conftest import double, random_images, random_labels, unit
 
 B, C, D, N = 4, 5, 8, 9
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
 
 
 def small_net(flags="", weights="none"):
@@ -46,12 +49,12 @@ def test_ranking_at_the_start_is_clips_own_without_the_visual_half(rng):
 
 
 def test_logits_at_the_start_against_their_formula(rng):
-    """W is 0: one half is CLIP's cosine; beta is 1 and tau_u 0.1: the other attends."""
-    args, net = small_net()
+    """W is 0: one half is CLIP's cosine; beta is 1 and the temperature 0.1: the other attends."""
+    _, net = small_net()
     images = random_images(rng, n=2)
     f, z = common.clip_features(net.visual, images)
     t, logits = net.prompt(), net(images)[0]
-    assert net.beta == 1 and args.tau_u == 0.1
+    assert net.beta == 1
     for i in range(2):
         for c in range(16):
             attended = ((t[c] @ z[i].T / 0.1).softmax(0)[:, None] * z[i]).sum(0)
@@ -141,22 +144,32 @@ def test_graphs_are_symmetric_non_negative_and_contract(rng):
 
 
 def test_more_neighbours_than_images_are_refused(rng):
-    with pytest.raises(InputError, match="--neighbours 10"):
+    with pytest.raises(ValueError, match="10 neighbours must be below 10, the images"):
         scinet.instance_graph(unit(rng, 10, D), 10, 0.3)
 
 
-def test_pearson_against_numpy(rng):
+def test_label_graph_against_numpy(rng):
+    """Of each label the two largest positive coefficients; a label that does not vary has none."""
     p = torch.rand(200, C, generator=rng)
     p[:, 1] += p[:, 0]
+    p[:, 3] += p[:, 1] - p[:, 2]
     p[:, 4] = 0  # does not vary
-    r = scinet.pearson(p)
+    r = np.zeros((C, C))
+    for c in range(4):
+        for d in range(4):
+            r[c, d] = max(0, np.corrcoef(p[:, [c, d]].T.double().numpy())[0, 1]) if c != d else 0
+    kept = np.zeros((C, C))
+    for c in range(C):
+        for d in np.argsort(-r[c])[:2]:
+            kept[c, d] = r[c, d]
+    kept = (kept + kept.T) / 2
+    ours = scinet.label_graph(p, 2)
     for c in range(C):
         for d in range(C):
-            if 4 in (c, d):
-                assert r[c, d] == 0
-            else:
-                expected = np.corrcoef(p[:, [c, d]].T.double().numpy())[0, 1]
-                assert r[c, d].item() == pytest.approx(expected)
+            both = kept[c].sum() * kept[d].sum()
+            expected = kept[c, d] / math.sqrt(both) if both else 0
+            assert ours[c, d].item() == pytest.approx(expected, rel=1e-5)
+    assert (ours[4] == 0).all() and 0 < (ours > 0).sum() < 12
 
 
 def test_correlations_come_from_confidences_with_known_labels_filled_in(monkeypatch, tmp_path):
@@ -220,24 +233,71 @@ def test_without_lambdas_fusion_is_the_score_and_the_known(rng):
     assert torch.equal(p, torch.where(y == 0, s, (y == 1).float()))
 
 
-def test_hidden_map_looks_at_hidden_entries_only(rng):
-    y, truth = random_labels(rng, 50), 2 * torch.randint(2, (50, C), generator=rng) - 1
-    p = torch.where(y == 0, (truth == 1).float(), torch.rand(50, C, generator=rng))
-    assert scinet.hidden_map(p, y, truth) == pytest.approx(100)
-    assert scinet.hidden_map(1 - p, y, truth) < 60
+def memory_of(s, p, threshold=0.5):
+    thresholds = torch.full((s.shape[1],), threshold)
+    return scinet.Memory(s, torch.ones(len(s), 1), p, torch.eye(s.shape[1]), thresholds)
 
 
-def test_hidden_map_counts_what_nobody_knows_nowhere(rng):
+def test_diagnostics_against_a_loop(rng):
+    """Guesses are of hidden entries; precision and recall leave out what nobody knows."""
     y, truth = random_labels(rng, 50), random_labels(rng, 50)
-    y[:, 0], truth[:, 0] = 0, torch.where(truth[:, 0] == 1, 0, truth[:, 0])  # no positive: left out
-    p = torch.rand(50, C, generator=rng)
-    value, ap = scinet.hidden_map(p, y, truth), []
-    for c in range(1, C):
-        judged = (y[:, c] == 0) & (truth[:, c] != 0)
-        ap.append(average_precision_score(truth[judged, c] == 1, p[judged, c]))
-    assert value == pytest.approx(100 * np.mean(ap))
-    other = torch.where(truth == 0, torch.rand(50, C, generator=rng), p)
-    assert scinet.hidden_map(other, y, truth) == value
+    s, p = torch.rand(50, C, generator=rng), torch.rand(50, C, generator=rng)
+    guessed, judged, right, hidden = 0, 0, 0, 0
+    for n in range(50):
+        for c in range(C):
+            if y[n, c] == 0:
+                guess = (s[n, c] + p[n, c]) / 2 >= 0.6
+                guessed += guess
+                judged += guess and truth[n, c] != 0
+                right += guess and truth[n, c] == 1
+                hidden += truth[n, c] == 1
+    entry = scinet.diagnostics(memory_of(s, p, 0.6), y, truth)
+    assert entry["pseudo_per_image"] == pytest.approx((guessed / 50).item())
+    assert entry["pseudo_precision"] == pytest.approx((right / judged).item())
+    assert entry["pseudo_recall"] == pytest.approx((right / hidden).item())
+    other = torch.where(y == 0, truth, -truth)  # the truth of what is known counts not
+    assert scinet.diagnostics(memory_of(s, p, 0.6), y, other) == entry
+    everything = scinet.diagnostics(memory_of(s, p, 0.6), y.abs() * 2 - 1, truth)
+    assert everything["pseudo_per_image"] == 0 and everything["pseudo_recall"] is None
+
+
+# -------------------------------------------------------------------------------------- the memory
+
+
+def test_memory_of_an_epoch_against_its_parts(rng):
+    """A_q from scores with what is known; P; the sharp graph; thresholds from (P + S) / 2."""
+    s, y, a_n, _ = fusion_case(rng)
+    s = s.sqrt()  # many high ones
+    before = scinet.Memory(s, torch.full((30, 1), 2.0))
+    memory = scinet.update_memory(before, y, a_n, 3, 0.1, 0.4, 0.8)
+    a_q = scinet.label_graph(torch.where(y == 0, s, (y == 1).float()), 3)
+    assert torch.equal(memory.p, scinet.fuse(s, y, a_n, a_q, 0.1, 0.4))
+    assert torch.equal(memory.s, s) and torch.equal(memory.seen, before.seen)
+    for c in range(C):
+        column = [(c == d) + a_q[d, c].item() ** 2 for d in range(C)]
+        expected = [value / sum(column) for value in column]
+        assert memory.sharp[:, c].tolist() == pytest.approx(expected)
+    count = [0] * C
+    for n in range(30):
+        for c in range(C):
+            count[c] += y[n, c] == 0 and (memory.p[n, c] + s[n, c]) / 2 >= 0.8
+    assert 0 < sum(count) < (y == 0).sum() and len({int(v) for v in count}) > 1
+    expected = scinet.class_thresholds(torch.tensor(count), 0.8)
+    torch.testing.assert_close(memory.thresholds, expected)
+    assert before.p is None and before.thresholds is None
+
+
+def test_memory_starts_with_scores_whose_mean_logit_is_that_of_the_prior(rng):
+    y, logits = random_labels(rng, 40), torch.randn(40, C, generator=rng) + 3
+    net = Given()
+    memory = scinet.start_memory(net, logits, y)
+    for c in range(C):
+        known = [v for v in y[:, c].tolist() if v != 0]
+        prior = (known.count(1) + 0.5) / (len(known) + 1)
+        bias = math.log(prior / (1 - prior)) - logits[:, c].mean()
+        assert net.bias[c].item() == pytest.approx(bias.item(), abs=1e-5)
+        torch.testing.assert_close(memory.s[:, c], torch.sigmoid(logits[:, c] + bias))
+    assert torch.equal(memory.seen, torch.ones(40, 1))
 
 
 # ------------------------------------------------------------------------------------- consistency
@@ -296,6 +356,29 @@ def test_weighted_bce_against_a_loop(rng):
     assert scinet.weighted_bce(x, target, weight * 0) == 0
 
 
+def test_consistency_loss_against_a_loop(rng):
+    student = double(rng, 20, C)
+    teacher, confidence, weight = (
+        torch.rand(20, C, generator=rng, dtype=torch.float64) for _ in range(3)
+    )
+    y, threshold = random_labels(rng, 20), torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9])
+    total, number, missed = 0, 0, 0
+    for n in range(20):
+        for c in range(C):
+            q = (teacher[n, c].item() + confidence[n, c].item()) / 2
+            if y[n, c] != 0:
+                q = float(y[n, c] == 1)
+            elif not (q >= threshold[c] or 1 - q > threshold[c]):
+                missed += 1
+                continue
+            p = sigmoid(student[n, c].item())
+            total -= weight[n, c].item() * (q * math.log(p) + (1 - q) * math.log(1 - p))
+            number += 1
+    assert missed > 5
+    ours = scinet.consistency_loss(student, teacher, confidence, y, threshold, weight)
+    assert ours.item() == pytest.approx(total / number)
+
+
 # ------------------------------------------------------------------------------------------- traps
 
 
@@ -327,8 +410,7 @@ def test_scores_are_a_running_mean_over_the_views_that_nothing_was_erased_from(r
     optimizer = torch.optim.SGD(net.parameters(), 0.0)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
     start, y = torch.rand(n, C, generator=rng), random_labels(rng, n)
-    memory = dict(s=start, seen=torch.ones(n, 1), count=torch.zeros(C, dtype=torch.long))
-    memory |= dict(p=torch.rand(n, C, generator=rng), sharp=torch.eye(C))
+    memory = scinet.Memory(start, torch.ones(n, 1))
     terms = [[row] for row in start]
     for rows in ([[0, 1, 2], [5, 3, 4]], [[7, 3, 1], [0, 2, 4]]):  # 6 is left out twice
         loader = []
@@ -337,9 +419,12 @@ def test_scores_are_a_running_mean_over_the_views_that_nothing_was_erased_from(r
             loader.append((*views, y[index], index))
             for k, row in zip(index, torch.sigmoid(views[0]), strict=True):
                 terms[k].append(row)
-        scinet.train_one_epoch(net, loader, optimizer, scheduler, memory, y, 1, args)
+        p = torch.rand(n, C, generator=rng)
+        memory = replace(memory_of(memory.s, p), seen=memory.seen)
+        _, memory = scinet.train_one_epoch(net, loader, optimizer, scheduler, memory, 1, args)
         expected = torch.stack([torch.stack(some).mean(0) for some in terms])
-        torch.testing.assert_close(memory["s"], expected)
+        torch.testing.assert_close(memory.s, expected)
+        assert memory.seen[:, 0].tolist() == [len(some) for some in terms]
     assert sorted(map(len, terms)) == [1, 2, 2, 3, 3, 3, 3, 3]
 
 
@@ -367,7 +452,8 @@ def test_towers_are_bit_identical_after_training(monkeypatch, tmp_path):
 
 
 def test_the_easier_view_teaches_and_gets_no_gradient(monkeypatch, tmp_path):
-    """Of the logits of L_a only the medium view learns, of L_b only the strong one."""
+    """Of the logits of L_a only the medium view learns, of L_b only the strong one; the teachers
+    are the weak view and the medium one."""
     seen, original = [], scinet.weighted_bce
 
     def record(logits, target, weight):
@@ -376,6 +462,13 @@ def test_the_easier_view_teaches_and_gets_no_gradient(monkeypatch, tmp_path):
         return original(logits, target, weight)
 
     monkeypatch.setattr(scinet, "weighted_bce", record)
+    teachers, consistency = [], scinet.consistency_loss
+
+    def listen(student, teacher, *rest):
+        teachers.append(teacher)
+        return consistency(student, teacher, *rest)
+
+    monkeypatch.setattr(scinet, "consistency_loss", listen)
     marks, chunk = [], torch.Tensor.chunk
 
     def watch(self, number, *rest):
@@ -390,6 +483,10 @@ def test_the_easier_view_teaches_and_gets_no_gradient(monkeypatch, tmp_path):
     assert len(steps) == len(marks) == 9
     for (known, a, b, itself), (weak, medium, strong) in zip(steps, marks, strict=True):
         assert known is weak and a is medium and b is strong and itself is weak
+    pairs = zip(teachers[::2], teachers[1::2], strict=True)
+    for (of_medium, of_strong), (weak, medium, _) in zip(pairs, marks, strict=True):
+        assert torch.equal(of_medium, torch.sigmoid(weak))
+        assert torch.equal(of_strong, torch.sigmoid(medium))
 
 
 def test_views_get_ever_harder(monkeypatch, tmp_path):
@@ -413,4 +510,32 @@ def test_known_labels_only_has_one_view_and_no_other_loss(monkeypatch, tmp_path)
     state = train("--no-augment", monkeypatch, tmp_path / "run")
     assert state["epoch"] == 3
     lines = (tmp_path / "run" / "log.jsonl").read_text()
-    assert "loss_known" in lines and "loss_a" not in lines
+    assert "loss_known" in lines and "loss_medium" not in lines and "loss_self" not in lines
+
+
+def test_the_losses_of_a_step_add_up(rng):
+    """L_known + ramp (lambda_u (L_a + L_b) + lambda_s L_self), each part against its formula."""
+    args, net, n = scinet.parse_args(["--ramp", "4"])[0], Given(), 8
+    args.lambda_u, args.lambda_s = 0.7, 0.3
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
+    y = random_labels(rng, n)
+    p = torch.rand(n, C, generator=rng)
+    sharp = torch.rand(C, C, generator=rng) / C
+    memory = replace(memory_of(p, p, 0.6), sharp=sharp)
+    weak, medium, strong = (torch.randn(n, C, generator=rng) for _ in range(3))
+    loader = [(weak, medium, strong, y, torch.arange(n))]
+    entry, _ = scinet.train_one_epoch(net, loader, optimizer, scheduler, memory, 2, args)
+    easy, hard = torch.sigmoid(weak), torch.sigmoid(strong)
+    weight = scinet.difficulty_weight(easy, hard, y)
+    given = (p, y, memory.thresholds, weight)
+    expected = dict(
+        loss_known=F.binary_cross_entropy_with_logits(weak[y != 0], (y[y != 0] == 1).float()),
+        loss_medium=scinet.consistency_loss(medium, easy, *given),
+        loss_strong=scinet.consistency_loss(strong, torch.sigmoid(medium), *given),
+        loss_self=scinet.weighted_bce(weak, easy @ sharp, weight * (y == 0)),
+    )
+    for name, value in expected.items():
+        assert entry[name] == pytest.approx(value.item(), rel=1e-5) != 0
+    more = 0.7 * (entry["loss_medium"] + entry["loss_strong"]) + 0.3 * entry["loss_self"]
+    assert entry["loss"] == pytest.approx(entry["loss_known"] + more / 4, rel=1e-5)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import linear, normalize
 
+import cbsa
 import common
 from tests.conftest import random_images
 
@@ -25,10 +26,6 @@ TOWERS = {  # kind: vision_cfg, sizes, and modules of the last stage and after
         dict(timm_model_name="test_efficientnet", timm_pool="avg", timm_proj="mlp"), (64,),
         "trunk.blocks.4 trunk.conv_head trunk.bn2 head",
     ),
-    "channels-last": (
-        dict(timm_model_name="test_mambaout", timm_pool="avg", timm_proj=""), (64,), "",
-    ),
-    "tokens": (dict(timm_model_name="test_vit_relpos", image_size=160), (160,), ""),
 }  # fmt: skip
 CASES = [(kind, size) for kind, (_, sizes, _) in TOWERS.items() for size in sizes]
 
@@ -93,12 +90,7 @@ def vit_loop(visual, x):
 def timm_loop(visual, x):
     """The head, on a map of one position."""
     x = visual.trunk.forward_features(x)
-    if x.ndim == 3:
-        maps = [x[:, i : i + 1] for i in range(x.shape[1])]
-    elif getattr(visual.trunk, "output_fmt", "") == "NHWC":
-        maps = [x[:, r : r + 1, c : c + 1] for r in range(x.shape[1]) for c in range(x.shape[2])]
-    else:
-        maps = [x[:, :, r : r + 1, c : c + 1] for r in range(x.shape[2]) for c in range(x.shape[3])]
+    maps = [x[:, :, r : r + 1, c : c + 1] for r in range(x.shape[2]) for c in range(x.shape[3])]
     return (visual.head(visual.trunk.forward_head(one)) for one in maps)
 
 
@@ -106,7 +98,7 @@ def timm_loop(visual, x):
 def test_features_are_open_clips_and_local_ones_a_loop_over_positions(kind, size, tmp_path, rng):
     clip = make(tmp_path / "clip", kind, size)
     images, u = assert_open_clips_own(clip, size, rng)
-    side = {"vit": 16, "tokens": 16}.get(kind.split("-")[0], 32)
+    side = 16 if kind.startswith("vit") else 32
     assert u.shape == (2, (size // side) ** 2, 24)  # a square, without class token
     loop = dict(resnet=resnet_loop, vit=vit_loop).get(kind.split("-")[0], timm_loop)
     with torch.no_grad():
@@ -154,7 +146,7 @@ def test_a_vit_of_another_size_is_open_clips(tmp_path, rng):
 @pytest.mark.parametrize("kind", [kind for kind in TOWERS if TOWERS[kind][2]])
 def test_last_stage_is_chosen_by_name_and_learns(kind, tmp_path, rng):
     visual, stage = make(tmp_path / "clip", kind).visual, TOWERS[kind][2].split()
-    chosen = common.last_stage(visual.requires_grad_(False))
+    chosen = cbsa.last_stage(visual.requires_grad_(False))
     for p in chosen:
         p.requires_grad_(True)
     names = [name for name, p in visual.named_parameters() if p.requires_grad]
@@ -200,18 +192,16 @@ def write_torchscript(clip, path):
     torch.jit.script(root).save(str(path))
 
 
-@pytest.mark.filterwarnings("ignore:'torch.load' received", "ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("kind", ["resnet", "vit"])
-def test_torchscript_loads_where_the_model_has_quickgelu(kind, tmp_path):
-    clip, vision = make(tmp_path / "clip", kind), TOWERS[kind][0]
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_refused_by_a_line_that_names_the_conversion(tmp_path):
+    clip = make(tmp_path / "clip", "resnet")
     write_torchscript(clip, path := tmp_path / "RN50.pt")
-    arch = write_folder(tmp_path / "quick", vision, quick_gelu=True)
-    loaded = common.load_clip(arch, str(path), 64)[0]
-    assert equal_weights(loaded, clip.half().float())
-    with pytest.raises(common.InputError, match="-quickgelu"):
-        common.load_clip(f"local-dir:{tmp_path}/clip", str(path), 64)
-    with pytest.raises(common.InputError, match="-quickgelu"):
-        common.load_clip("ViT-B-16", str(path), 224)
+    arch = write_folder(tmp_path / "quick", TOWERS["resnet"][0], quick_gelu=True)
+    with pytest.raises(common.InputError, match="TorchScript.*load_openai_model") as error:
+        common.load_clip(arch, str(path), 64)
+    assert "\n" not in str(error.value)
+    torch.save(clip.state_dict(), path)  # converted
+    assert equal_weights(common.load_clip(arch, str(path), 64)[0], clip)
 
 
 def timm(name, pool="", proj="linear"):
@@ -219,21 +209,26 @@ def timm(name, pool="", proj="linear"):
 
 
 REFUSED = {  # what the folder says beside TEXT, size, word of the message
-    "class token": (dict(vision=timm("test_vit")), 64, "17"),
-    "class token, mean": (dict(vision=timm("test_vit2", "avg")), 64, "17"),
+    "class token": (dict(vision=timm("test_vit")), 64, "pools neither"),
+    "class token, mean": (dict(vision=timm("test_vit2", "avg")), 64, "pools neither"),
+    "tokens": (dict(vision=timm("test_vit_relpos") | dict(image_size=160)), 160, "pools neither"),
+    "channels-last": (dict(vision=timm("test_mambaout", "avg", "")), 64, "pools neither"),
     "latent attention": (dict(vision=timm("test_vit3", "map", "")), 64, "pools"),
     "attention of a ViT": (dict(vision=VIT | dict(attentional_pool=True)), 64, "pools"),
     "head of another width": (dict(vision=timm("mobilenetv3_small_050", "avg")), 64, "pools"),
     "one block": (dict(vision=VIT | dict(layers=1)), 64, "pools"),
     "no tower of timm": (dict(vision=timm("nosuch")), 64, "nosuch"),
-    "no pool": (dict(vision=timm("test_mambaout", "", "")), 64, "[1, 2, 2, 24]"),
+    "no pool": (dict(vision=timm("test_convnext", "", "")), 64, "[1, 24, 2, 2]"),
     "patch": (dict(vision=VIT), 72, "a multiple of 16"),
     "stride": (dict(vision=TOWERS["resnet"][0]), 80, "a multiple of 32"),
-    "stride of timm": (dict(vision=timm("test_resnet")), 80, "a multiple of 32"),
     "custom text": (dict(vision=VIT, custom_text=True), 64, "no prompts"),
     "transformers": (dict(vision=VIT, text=dict(hf_model_name="roberta-base")), 64, "no prompts"),
     "no causal mask": (dict(vision=VIT, text=dict(no_causal_mask=True)), 64, "no prompts"),
     "other end of text": (dict(vision=VIT, text=dict(pool_type="last")), 64, "no prompts"),
+    "numbered end": (dict(vision=VIT, text=dict(pool_type="eos", eos_id=2)), 64, "no prompts"),
+    "biased projection": (dict(vision=VIT, text=dict(proj_bias=True)), 64, "no prompts"),
+    "no projection": (dict(vision=VIT, text=dict(proj_type="none")), 64, "no prompts"),
+    "class token of text": (dict(vision=VIT, text=dict(embed_cls=True)), 64, "no prompts"),
 }
 
 

@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
+import common
+import sst
 from tests import served
 from tests.conftest import same
 
@@ -96,17 +99,16 @@ def test_runs_killed_at_random_moments_end_with_the_same_bits(name, start, whole
     print(f"{name}: {kills} runs killed")
 
 
-@each
-@pytest.mark.parametrize(
-    "where",
-    [
-        ("common", "add_up", 7),  # in a step of the second epoch
-        ("torch", "save", 2),  # when a checkpoint is begun
-        ("os", "fsync", 3),  # when it is written and not yet in place
-        ("os", "replace", 1),  # before the first is in place
-        ("common", "multilabel_metrics", 3),  # in an evaluation
-    ],
-)
+MOMENTS = [(name, ("torch.autograd", "backward", 5)) for name in FLAGS]  # in the second epoch
+MOMENTS += [(name, ("common", "multilabel_metrics", 3)) for name in FLAGS]  # in an evaluation
+MOMENTS += [  # common.Run is one for all scripts
+    ("sst", ("torch", "save", 2)),  # when a checkpoint is begun
+    ("sst", ("os", "fsync", 3)),  # when it is written and not yet in place
+    ("sst", ("os", "replace", 1)),  # before the first is in place
+]
+
+
+@pytest.mark.parametrize(("name", "where"), MOMENTS)
 def test_runs_killed_in_a_bad_moment_end_with_the_same_bits(name, where, start, whole, tmp_path):
     assert finish(start(name, tmp_path, where=where, act=signal.SIGKILL)) == -signal.SIGKILL
     assert finish(start(name, tmp_path)) == 0, (tmp_path / "stderr").read_text()
@@ -122,10 +124,11 @@ ERRORS = {  # where, what happens there, exit status, word of the last line
 # in a loader's worker, its third image
 CASES = [("step", 0), ("step", 2), ("evaluation", 4), ("image", 0), ("image", 2), ("image", 4)]
 CASES += [("Ctrl-C", 0), ("Ctrl-C", 2)]
+CASES = [(name, *case) for name in ("sst", "cbsa") for case in CASES]
+CASES += [("scinet", "step", 0), ("scinet", "image", 2)]  # it loads as sst does
 
 
-@each
-@pytest.mark.parametrize(("kind", "workers"), CASES)
+@pytest.mark.parametrize(("name", "kind", "workers"), CASES)
 def test_an_error_ends_the_program(name, kind, workers, start, tmp_path):
     where, act, status, word = ERRORS[kind]
     process = start(name, tmp_path, "--workers", str(workers), where=where, act=act)
@@ -151,8 +154,8 @@ def test_the_program_ends_from_the_shell_too(kind, tmp_path):
     assert done.stderr.count("\n") == 1, done.stderr
 
 
-@each
-def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(name, start, whole, tmp_path):
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(start, whole, tmp_path):
+    name = "sst"  # common.Run is one for all scripts
     where = ("os", "replace", 2)  # in the second epoch
     assert finish(start(name, tmp_path, where=where, act=signal.SIGKILL)) == -signal.SIGKILL
     before = (tmp_path / "run/last.pt").read_bytes()
@@ -192,11 +195,30 @@ def test_two_processes_train_evaluate_every_image_once_and_one_writes(name, star
     run = launch(name, tmp_path, 2, "--epochs", "2")
     assert run.wait(200) == 0, (tmp_path / "stderr").read_text()
     epochs = [entry for entry in log(tmp_path) if entry.get("epoch")]
-    assert len(epochs) == 2 and (tmp_path / "stdout").read_text().count("last epoch") == 1
+    assert len(epochs) == 2 and (tmp_path / "stdout").read_text().count("| last epoch |") == 1
     # one process alone gives the checkpoint the same scores
     assert finish(start(name, tmp_path, "--eval", "--resume", "run/last.pt")) == 0
     shown = (tmp_path / "stdout").read_text().split("\nmAP: ")[1].split()[0]
     assert float(shown) == pytest.approx(epochs[-1]["mAP"], abs=0.05)  # other batches, other bits
+
+
+def test_cross_image_loss_of_two_processes_has_the_gradient_of_one(start, tmp_path):
+    """L_cst compares images of both: DistributedDataParallel's mean is what one process has."""
+    context = multiprocessing.get_context("forkserver")
+    ranks = [context.Process(target=served.cst_gradient, args=(r, str(tmp_path))) for r in (0, 1)]
+    for process in ranks:
+        process.start()
+    assert [finish(process, 60) for process in ranks] == [0, 0]
+    net, x, y = served.cst_case()
+    sst.cst_loss(net(x), y).backward()
+    for rank in (0, 1):
+        ours = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(ours["weight"], net.weight.grad, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours["bias"], net.bias.grad, rtol=1e-5, atol=1e-5)
+    assert net.weight.grad.abs().max() > 0.01
+    net.zero_grad()  # what it would be without the other's images
+    sum(sst.cst_loss(net(x[part]), y[part]) / 2 for part in (slice(4), slice(4, 8))).backward()
+    assert (ours["weight"] - net.weight.grad).abs().max() > 0.01
 
 
 def test_an_error_or_death_of_one_process_ends_the_run(tmp_path):
@@ -213,7 +235,8 @@ def test_an_error_or_death_of_one_process_ends_the_run(tmp_path):
     assert "exitcode:-9" in (folder / "stderr").read_text().replace(" ", "")
 
 
-def test_batches_that_processes_cannot_share_are_refused(tmp_path):
-    run = launch("sst", tmp_path, 2, "--batch-size", "15")
-    assert run.wait(200) != 0
-    assert "cannot share 15 images" in (tmp_path / "stderr").read_text()
+def test_batches_that_processes_cannot_share_are_refused(monkeypatch):
+    monkeypatch.setattr(common, "PROCESSES", 2)
+    args = Namespace(batch_size=15, workers=0)
+    with pytest.raises(common.InputError, match="2 processes cannot share 15 images"):
+        common.make_loader(range(40), args, train=True)

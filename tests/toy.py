@@ -107,14 +107,17 @@ def draw_scene(names: list[str], context: str, size: int, rng: np.random.Generat
     full = 2 * size  # drawn at twice the size, then halved: smooth edges
     sky, ground = (jitter(colour, rng) for colour in CONTEXTS[context][0].split())
     image = Image.new("RGB", (full, full), sky)
-    draw, horizon = ImageDraw.Draw(image), rng.uniform(0.4, 0.7) * full
+    draw = ImageDraw.Draw(image)
+    horizon = rng.uniform(0.4, 0.7) * full
     draw.rectangle((0, horizon, full, full), ground)
     clutter = rng.choice(["ball", "block", "cone"], rng.poisson(CLUTTER * (size / 64) ** 2))
     for name in (*clutter, *rng.permutation(names)):
         height = 2 * rng.uniform(*OBJECT_SIZE) if name in CLASSES else rng.uniform(6, 28)
-        low, high = horizon - height, full - 0.9 * height
+        low = horizon - height
+        high = full - 0.9 * height
         if name in ("sun", "moon", *clutter):
-            low, high = 0, 0.35 * full if name in CLASSES else full
+            low = 0
+            high = 0.35 * full if name in CLASSES else full
         width = height * rng.uniform(0.8, 1.25)
         place = rng.uniform(-0.1 * width, full - 0.9 * width), rng.uniform(low, high)
         draw_object(draw, str(name), (*place, width, height), rng)
@@ -181,7 +184,8 @@ def halves(net: nn.Module) -> dict[str, Tensor]:
 
 def make_trunk(path: Path) -> None:
     """What ImageNet is to a real trunk: name the one object of 6,000 photos, 32 x 32."""
-    rng, n = np.random.default_rng(2), 6000
+    rng = np.random.default_rng(2)
+    n = 6000
     target = torch.tensor(rng.integers(len(CLASSES), size=n))
     photos = [draw_scene([CLASSES[c]], rng.choice(list(CONTEXTS)), 32, rng) for c in target]
     images = common.normalise(torch.tensor(np.stack(photos)).permute(0, 3, 1, 2))
@@ -201,20 +205,36 @@ CLIP = dict(  # a CLIP ResNet with 4 x 4 positions
     text_cfg=dict(context_length=16, vocab_size=49408, width=96, heads=2, layers=2),
 )
 TRUNK = str(Path(__file__).resolve().parent / "toy_trunk.pt")
-PHOTO, REGION = "a photo of a {}", "the region showing a {}"
+PHOTO = "a photo of a {}"
+REGION = "the region showing a {}"
+
+
+def write_captions(said: np.ndarray, rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
+    """For each row of said (2, B, C), what could be said of photo and region, a caption of one or
+    two things: 2B texts, and (B, 2B), which text is right for which scene (the targets of UniCL,
+    CVPR 2022)."""
+    text, right = [], []
+    for prompt, labels in zip((PHOTO, REGION), said, strict=True):
+        chosen = np.zeros_like(labels)
+        for row, there in zip(chosen, labels, strict=True):
+            row[rng.permutation(np.flatnonzero(there))[: rng.integers(1, 3)]] = True
+            words = " and a ".join(CLASSES[c] for c in np.flatnonzero(row))
+            text.append(prompt.format(words))
+        right.append((labels[:, None] >= chosen).all(-1))  # (B, B)
+    return text, np.concatenate(right, axis=1)
 
 
 def make_clip(folder: Path, steps: int = 4000, number: int = 20_000, batch: int = 64) -> None:
     """What OpenAI's CLIP is to real photographs: learns from captions of scenes in no data set.
 
     Who captions a photo misses some things and assumes others that go with the context, so that
-    CLIP's ranking is mediocre; who captions a region says what is there. A caption names one or two
-    things; it is right for every scene of the batch for which they were said (the targets of UniCL,
-    CVPR 2022). A photo's caption meets the image feature, a region's the best of the local ones.
+    CLIP's ranking is mediocre; who captions a region says what is there. A photo's caption meets
+    the image feature, a region's the best of the local ones.
     """
     rng = np.random.default_rng(4)
     images, y, contexts = scenes(number, seed=3)
-    shown, home = y == 1, np.repeat(np.arange(4), 4) == contexts[:, None]
+    shown = y == 1
+    home = np.repeat(np.arange(4), 4) == contexts[:, None]
     chance = np.where(shown, 0.7, 0.7 * home)
     said = np.stack((rng.random(y.shape) < chance, shown))  # (2, images, C): of photo, of region
     rows = np.flatnonzero(said.any(2).all(0))
@@ -225,30 +245,29 @@ def make_clip(folder: Path, steps: int = 4000, number: int = 20_000, batch: int 
     size = CLIP["vision_cfg"]["image_size"]
 
     def loss() -> Tensor:
-        k, text, right = rng.choice(rows, batch), [], []
-        for prompt, labels in zip((PHOTO, REGION), said[:, k], strict=True):
-            chosen = np.zeros_like(labels)
-            for row, there in zip(chosen, labels, strict=True):
-                row[rng.permutation(np.flatnonzero(there))[: rng.integers(1, 3)]] = True
-                words = " and a ".join(CLASSES[c] for c in np.flatnonzero(row))
-                text.append(prompt.format(words))
-            right.append((labels[:, None] >= chosen).all(-1))  # (batch, batch)
+        k = rng.choice(rows, batch)
+        text, right = write_captions(said[:, k], rng)
         x = torch.tensor(images[k]).permute(0, 3, 1, 2)
         x = v2.functional.resize(x, [size, size], v2.InterpolationMode.BICUBIC)
         f, u = common.clip_features(net.visual, x)
         t = net.encode_text(tokenize(text), normalize=True)
         local = torch.einsum("bnd,td->btn", u, t[batch:]).amax(-1)
         logits = net.logit_scale.exp() * torch.cat((f @ t[:batch].T, local), dim=1)
-        target = torch.tensor(np.concatenate(right, axis=1)).float()
+        target = torch.tensor(right).float()
         pairs = (logits, target), (logits.T, target.T)
         return sum(nn.functional.cross_entropy(x, r / r.sum(1, True)) for x, r in pairs) / 2
 
-    state = halves(fit(net, loss, steps, lr=1e-3))
-    used = tokenize([prompt.format(" and a ".join(CLASSES[k : k + 2]))
-                     for prompt in (PHOTO, REGION) for k in range(0, 16, 2)])  # fmt: skip
+    save_clip(folder, fit(net, loss, steps, lr=1e-3), tokenize)
+
+
+def save_clip(folder: Path, net: nn.Module, tokenize: Callable) -> None:
+    """A folder that open_clip loads. Words of no prompt are 0, which git packs to nothing."""
+    state = halves(net)
+    names = [" and a ".join(CLASSES[k : k + 2]) for k in range(0, 16, 2)]
+    used = tokenize([prompt.format(name) for prompt in (PHOTO, REGION) for name in names])
     unused = torch.ones(len(state["token_embedding.weight"]), dtype=torch.bool)
     unused[used] = False
-    state["token_embedding.weight"][unused] = 0  # git packs them to nothing
+    state["token_embedding.weight"][unused] = 0
     folder.mkdir(exist_ok=True)
     save_file(state, folder / "open_clip_model.safetensors")
     preprocess = net.visual.preprocess_cfg | dict(interpolation="bicubic", resize_mode="squash")
@@ -281,7 +300,8 @@ def report(arch: str) -> None:
         batches = DataLoader(data, batch_size=100)
         return torch.cat([common.clip_features(net.visual, x)[0] for x, *_ in batches])
 
-    f, f_test = features(x), features(x_test)
+    f = features(x)
+    f_test = features(x_test)
     scores = {"zero-shot": (f_test @ t.T).numpy()}
     for known in (1, 0.1):
         labels = common.hide_entries(y, known, 0)
