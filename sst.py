@@ -3,31 +3,31 @@
 
 Chen, Pu, Wu, Xie, Lin: Structured Semantic Transfer for Multi-Label Recognition with Partial
 Labels, AAAI 2022. Each class attends to its own place in the image and gets its own feature. Two
-modules guess unknown labels, on which the classifier trains too. IST reads them off a learned
-co-occurrence with the known positives of the image. CST compares the feature of a class with those
-of its known positives in other images. Without both, the network is SSGRL (ICCV 2019).
+modules guess unknown labels, on which the classifier trains too. Intra-image transfer (IST) reads
+them off a learned co-occurrence with the known positives of the image. Cross-image transfer (CST)
+compares the feature of a class with those of its known positives in other images. Without both, the
+network is SSGRL (Chen et al., ICCV 2019).
 
 Run:  python sst.py                          toy world, 10 % of the labels known
       python sst.py --no-ist --no-cst        the baseline, SSGRL
       python sst.py --data coco --root DIR --known 0.5
-
 Measured on the toy world at 10 % known, mAP over three seeds: 77.9 ± 0.8; SSGRL 75.2 ± 1.3.
-
 Differs from the paper, and from the authors' code ("theirs", github.com/HCPLab-SYSU/HCP-MLR-PL):
- 1. Words: the shipped GloVe vectors have 50 numbers, the paper's 300 (--glove FILE).
+ 1. Only the last stage of the trunk learns, and 14 x 14 positions are averaged to 7 x 7, as theirs.
+    GloVe vectors of 50 numbers are shipped; theirs have 300 (--glove FILE).
  2. Graph: P(j|i) is over images that know j, and 0 for j = i. Theirs is over all images with i (at
     10 % known a tenth of ours), and 1 for j = i.
- 3. Eq. 1: the first layer maps both features, 2,048 numbers, to 512; the paper prints 1,024. Theirs
-    maps each feature to 512, then 1,024 to 1,024 twice, and ends in a vector a pair, ours in one.
- 4. Eq. 2: a mean over the known positives, as theirs. Of a sum, five times 0.2 would pass.
+ 3. Eq. 1: the first layer maps both features, 2,048 numbers, to 512; the paper prints 1,024. p_ji
+    is p_ij, as theirs. Theirs maps each feature by itself, and has a last layer for each pair.
+ 4. Eq. 2: a mean over the known positives, as theirs. With a sum, five at 0.2 each would pass.
  5. Eq. 4: with a minus sign, and max(p - m, 0) also in the logarithm, as theirs. Negatives are
-    pairs with both labels known; --pairs all takes all that are not positive, printed and theirs.
+    pairs with both labels known. With --pairs all they are all that is not positive, as theirs.
  6. Eq. 6: a mean over all positives of the last epoch. Theirs keeps the last 100 of a class.
- 7. Eq. 7-8: known labels only, as theirs; one mean over the rare (+,+) pairs, one over the rest.
-    Theirs is one mean, for each (+,+) pair over up to three (+,-) and three (-,-) pairs.
- 8. Eq. 9: a mean within each image, then over images. Theirs is one mean over the batch.
- 9. Eq. 10-11: as printed, known labels count three times. Theirs count once for five epochs, and
-    its L_ist and L_cst grow from 0 within the first epoch. Its batch is 8, the paper's 32.
+ 7. Eq. 7-8: different images of a batch, known labels only, as theirs; a mean over the rare (+,+)
+    pairs and one over the rest. Theirs is one, with at most six of the rest for each (+,+) pair.
+ 8. Eq. 9-10: with a minus sign, and a mean over images; theirs is one over all known entries. Known
+    labels enter three times, as printed; theirs once for five epochs, while its L_ist and L_cst
+    grow from 0 within the first epoch. Its batch is 8, not 32.
 """
 
 from argparse import BooleanOptionalAction
@@ -41,8 +41,8 @@ from torchvision.models import get_model
 
 import common
 
-NAMES = f"{Path(__file__).parent}/tests/glove.6B.50d.names.txt"  # of toy, COCO and VOC
-REAL = dict(  # the paper's; its lambdas too, though every loss here is a mean
+GLOVE = f"{Path(__file__).parent}/tests/glove.6B.50d.names.txt"  # of toy, COCO and VOC
+REAL = dict(  # the paper's, and where it does not say, its authors'
     known=0.1,
     arch="resnet101",
     size=448,  # pixels
@@ -50,8 +50,8 @@ REAL = dict(  # the paper's; its lambdas too, though every loss here is a mean
     glove="none",
     width=1024,  # D
     hidden=(512, 1024),  # widths inside phi_intra
-    lambdas=(10, 0.05),  # weights of L_ist and L_cst
-    theta=(0.75, 0.75),
+    lambdas=(10, 0.05),  # weights of L_ist and L_cst; the paper's, whose losses are sums
+    theta=(0.75, 0.75),  # lowest thresholds of Eq. 2 and of Eq. 6
     epochs=20,
     lr=1e-5,
     lr_step=10,  # epochs after which the rate falls to a tenth
@@ -59,7 +59,7 @@ REAL = dict(  # the paper's; its lambdas too, though every loss here is a mean
     crops=(512, 448, 384, 320, 256),  # sides of the random crops, of an image of 512
     workers=4,
 )
-NAMED = REAL | dict(glove=NAMES)
+NAMED = REAL | dict(glove=GLOVE)
 TOY = REAL | dict(
     arch="toy",
     size=64,
@@ -73,9 +73,9 @@ TOY = REAL | dict(
     weight_decay=1e-4,
     crops=(512, 448),
     workers=0,
-    frozen_bn=True,  # the small trunk keeps its batch statistics
+    frozen_bn=True,  # batch norms of the trunk use their stored mean and variance
 )
-OWN = REAL | dict(known=1.0)  # what is unknown in one's own labels, nobody knows
+OWN = REAL | dict(known=1.0)  # one's own labels: none is hidden
 RECIPES = dict(real=REAL, coco=NAMED, voc2007=NAMED, voc2012=NAMED, folder=OWN, toy=TOY)
 
 def parse_args(argv=None):
@@ -85,7 +85,11 @@ def parse_args(argv=None):
     add("--arch", help="toy, or a torchvision classifier with a spatial trunk")
     add("--weights", default="default", help="default (ImageNet V1), none, or a state dict")
     add("--train-trunk", choices=("last", "all", "none"), default="last", help="stages trained")
-    add("--frozen-bn", action=BooleanOptionalAction, help="trunk's batch norms keep statistics")
+    add(
+        "--frozen-bn",
+        action=BooleanOptionalAction,
+        help="batch norms of the trunk use stored means",
+    )
     add("--pool", type=common.POSITIVE, help="side of the squares of the map that are averaged")
     add("--width", type=common.POSITIVE, help="D, width of the class features")
     add("--glove", help="word vectors: text of GloVe, .npy (C, width), or none: they are learned")
@@ -116,7 +120,7 @@ def split_trunk(net, learns="last"):
 
 def read_words(path, classes):
     """Word vectors (C, width) of an array file, or of a text file of GloVe: the mean over the words
-    of each class name. ValueError where the array has other rows, or words are missing."""
+    of each class name. ValueError where an array is not (C, width), or words are missing."""
     if path.endswith(".npy"):
         vectors = torch.tensor(np.load(path)).float()
         if vectors.shape[:-1] != (len(classes),):
@@ -137,8 +141,8 @@ def read_words(path, classes):
     return torch.stack([torch.stack([found[word] for word in name]).mean(0) for name in names])
 
 class SemanticDecoupling(nn.Module):
-    """Class features by low-rank bilinear attention (SSGRL, ICCV 2019): (B, N, D) -> (B, C, D).
-    words (C, any width)."""
+    """Class features by low-rank bilinear attention (SSGRL) over the N = h w positions of the map:
+    x (B, N, D) -> (B, C, D). words (C, any width)."""
 
     def __init__(self, words, width, learned=True):
         super().__init__()
@@ -155,8 +159,8 @@ class SemanticDecoupling(nn.Module):
         return weight.transpose(1, 2) @ x  # (B, C, D)
 
 class GatedGraph(nn.Module):
-    """Gated graph network (SSGRL, Eq. 3) over classes: (B, C, D) -> (B, C, D) in (-1, 1).
-    adjacency (C, C): row i holds P(j|i)."""
+    """Gated graph network over classes (Eq. 3 of the SSGRL paper): f (B, C, D) -> (B, C, D), its
+    values in (-1, 1). adjacency (C, C): row i holds P(j|i)."""
 
     def __init__(self, adjacency, width):
         super().__init__()
@@ -168,18 +172,19 @@ class GatedGraph(nn.Module):
 
     def forward(self, f):
         h = f
-        for _ in range(3):
+        for _ in range(3):  # steps, as SSGRL
             message = torch.cat((self.adjacency @ h, self.adjacency.T @ h), dim=-1)  # (B, C, 2D)
             both = torch.cat((message, h), dim=-1)  # (B, C, 3D)
-            z = torch.sigmoid(self.update(both))
-            r = torch.sigmoid(self.reset(both))
+            z = torch.sigmoid(self.update(both))  # (B, C, D)
+            r = torch.sigmoid(self.reset(both))  # (B, C, D)
             new = torch.tanh(self.candidate(torch.cat((message, r * h), dim=-1)))
             h = (1 - z) * h + z * new  # (B, C, D)
         return torch.tanh(self.output(torch.cat((h, f), dim=-1)))
 
 class PairNet(nn.Module):
     """phi_intra of Eq. 1: f (B, C, D) -> symmetric logits (B, C, C) that i and j are both there.
-    Computes the pairs that are asked for, (B, C, C) bool, by (i, j) or (j, i); the others are 0."""
+    Only pairs that are asked for, (B, C, C) bool, by (i, j) or (j, i), are computed. The others are
+    0 and mean nothing."""
 
     def __init__(self, width, hidden):
         super().__init__()
@@ -191,12 +196,12 @@ class PairNet(nn.Module):
         B, C, _ = f.shape
         # W [f_i, f_j] = W_left f_i + W_right f_j: two products per class, not one per pair
         left, right = self.first.weight.chunk(2, dim=1)
-        a = F.linear(f, left, self.first.bias).flatten(0, 1)  # (B C, hidden)
-        b = F.linear(f, right).flatten(0, 1)  # (B C, hidden)
-        asked = (asked | asked.transpose(1, 2)).triu(diagonal=1)  # each pair once
+        a = F.linear(f, left, self.first.bias).flatten(0, 1)  # (B C, hidden[0])
+        b = F.linear(f, right).flatten(0, 1)  # (B C, hidden[0])
+        asked = (asked | asked.transpose(1, 2)).triu(1)  # each pair once
         n, i, j = asked.nonzero(as_tuple=True)  # (pairs,) each
         # index_select, since the gradient of a[k] depends on the order of CPU threads
-        x = a.index_select(0, n * C + i) + b.index_select(0, n * C + j)  # (pairs, hidden)
+        x = a.index_select(0, n * C + i) + b.index_select(0, n * C + j)  # (pairs, hidden[0])
         # Eq. 1: p_ij = phi_intra([f_i, f_j]), before its sigmoid
         p = self.last(F.relu(self.second(F.relu(x)))).squeeze(-1)  # (pairs,)
         matrix = p.new_zeros(B, C, C)
@@ -209,7 +214,7 @@ class SST(nn.Module):
     (B, C, C), where pairs are asked for (B, C, C). Normalises images by `common.normalise`.
 
     frozen, trained: stages of a trunk. pairs: None without IST. A map of 8 positions a side or more
-    is averaged over squares of `pool`. frozen_bn: also batch norms that learn keep statistics.
+    is averaged over squares of `pool`. frozen_bn: also norms that learn use their stored means.
     """
 
     def __init__(self, frozen, trained, sarl, graph, pairs=None, pool=1, frozen_bn=False):
@@ -225,7 +230,7 @@ class SST(nn.Module):
         self.sarl = sarl
         self.graph = graph
         self.pairs = pairs
-        self.classifier = nn.Parameter(torch.randn(C, D) * D**-0.5)
+        self.classifier = nn.Parameter(torch.randn(C, D) * D**-0.5)  # one vector a class
         self.bias = nn.Parameter(torch.zeros(C))
         self.register_buffer("prototypes", torch.zeros(C, D))  # of Eq. 6
 
@@ -251,7 +256,7 @@ class SST(nn.Module):
 
 def pair_targets(y, negatives="both"):
     """Targets (B, C, C) of Eq. 4 from y (B, C): +1 both present, -1 negative, 0 no loss. Negative
-    are pairs with both labels known or, with "all", whatever is not positive (the letter)."""
+    are pairs with both labels known or, with "all", whatever is not positive, as printed."""
     a = y[:, :, None]
     b = y[:, None]
     positive = (a == 1) & (b == 1)
@@ -273,8 +278,8 @@ def ist_loss(logits, target, gamma=2, margin=0.05):
     return total / (target != 0).sum().clamp(min=1)
 
 def sum_of_cosines(u, member):
-    """Sum of u_n . u_m over ordered pairs of different images with c a member of both, and the
-    number of these pairs. u (B, C, D), unit; member (B, C), bool. Costs O(BCD): no pair is formed.
+    """Sum of u_nc . u_mc over classes c and ordered pairs of images n != m with member[n, c] and
+    member[m, c], and the number of its terms. u (B, C, D), unit; member (B, C), bool. Costs O(BCD).
 
         for n, m, c in product(range(B), range(B), range(C)):
             if n != m and member[n, c] and member[m, c]:
@@ -282,14 +287,14 @@ def sum_of_cosines(u, member):
                 number += 1
     """
     member = member.to(u.dtype)
-    # the cosines of all ordered pairs of n unit vectors add up to |sum u|^2 - n
+    # for each class: the products of all ordered pairs add up to |sum u|^2 - sum |u|^2
     square = torch.einsum("bc,bcd->cd", member, u).square().sum()
     total = square - (member * u.square().sum(-1)).sum()
-    n = member.sum(0)  # (C,)
-    return total, (n * (n - 1)).sum()
+    count = member.sum(0)  # (C,)
+    return total, (count * (count - 1)).sum()
 
 def cst_loss(f, y):
-    """L_cst, Eq. 7-8 over pairs of different images: f (B, C, D), y (B, C) -> [0, 4]. Mean of 1 - s
+    """L_cst, Eq. 7-8 over pairs of different images: f (B, C, D), y (B, C) -> scalar. Mean of 1 - s
     over pairs with c known present in both, plus mean of 1 + s over the others with c known in
     both; either is 0 without a pair."""
     u = F.normalize(f, dim=-1)  # Eq. 5: s_c^{n,m} = u_n . u_m
@@ -325,7 +330,8 @@ def cooccurrence(y):
 @torch.no_grad()
 def intra_pseudo_labels(p, y, theta):
     """Eq. 2, a mean: y (B, C) with unknown labels set to 1 where known positives vouch for them.
-    p (B or 1, C, C): p[n, i, j] in [0, 1] is i given j. theta: no pseudo-label from 1 up."""
+    p (B or 1, C, C): how far, in [0, 1], a present j speaks for i: by Eq. 1, or P(i|j). theta 1:
+    no pseudo-label."""
     positive = (y == 1).to(p.dtype)
     # Eq. 2: y_i = 1[mean of p_ij over known positives j >= theta]
     score = (p @ positive[:, :, None]).squeeze(-1) / positive.sum(1, keepdim=True).clamp(min=1)
@@ -342,7 +348,7 @@ def cross_pseudo_labels(f, y, prototype, theta):
 # ---------------------------------------------------------------------------------------- training
 
 def train_one_epoch(model, loader, optimizer, truth, epoch, args):
-    """One pass with the prototypes of the last; leaves its own for the next. Returns log entries.
+    """One pass with the prototypes of the last epoch; leaves its own. Returns log entries.
     `truth` (images, C) serves the diagnostics of the pseudo-labels and nothing else."""
     model.train()
     net = getattr(model, "module", model)  # without DistributedDataParallel
@@ -355,10 +361,10 @@ def train_one_epoch(model, loader, optimizer, truth, epoch, args):
         images = images.to(device, non_blocking=True)
         y = y.to(device, non_blocking=True)
         target = pair_targets(y, args.pairs)  # (B, C, C)
-        asked = (target != 0) | (y == 1)[:, None]  # by Eq. 4, or by Eq. 2 for a known positive
+        asked = (target != 0) | (y == 1)[:, None]  # by Eq. 4; by Eq. 2: column j known present
         with common.autocast(device, args.precision):
             f, logits, pair_logits = model(images, asked)  # (B, C, D), (B, C), (B, C, C)
-        # Eq. 10: L_cls is the loss on the known labels, and below on either completed set
+        # Eq. 10: L_cls is a loss on the known labels, and one on each completed set, below
         loss_cls = partial_bce(logits, y)
         loss_ist = 0 * loss_cls
         loss_cst = 0 * loss_cls
@@ -374,8 +380,8 @@ def train_one_epoch(model, loader, optimizer, truth, epoch, args):
         if not args.no_cst:
             y_cross = cross_pseudo_labels(f, y, net.prototypes, theta_cross)
             loss_cls = loss_cls + partial_bce(logits, y_cross)
-            loss_cst = cst_loss(common.gather(f), common.gather(y))
-            present = (y == 1).float()
+            loss_cst = cst_loss(common.gather(f), common.gather(y))  # of all processes
+            present = (y == 1).float()  # for Eq. 6 of the next epoch
             features = torch.einsum("bc,bcd->cd", present, F.normalize(f.detach(), dim=-1))
             common.add_up(totals, features=features, positives=present.sum(0)[:, None])
         # Eq. 11: L = L_cls + lambda_1 L_ist + lambda_2 L_cst
@@ -387,7 +393,7 @@ def train_one_epoch(model, loader, optimizer, truth, epoch, args):
         pseudo = common.pseudo_counts(torch.maximum(y_intra, y_cross), y, truth[index.to(device)])
         common.add_up(totals, pseudo=pseudo)
     totals = common.over_processes(totals, net)
-    if not args.no_cst:  # the mean unit feature of each class's known positives
+    if not args.no_cst:  # Eq. 6: the mean unit feature of each class's known positives
         net.prototypes = totals["features"] / totals["positives"].clamp(min=1)
     return common.epoch_entry(totals, len(loader))
 
@@ -437,7 +443,7 @@ def main():
     if state:
         weights = state["model"]
         net = build(args, weights["sarl.words"], weights["graph.adjacency"]).to(device)
-    if args.predict:
+    if args.predict:  # has a state, as --eval
         return common.predict(lambda images: net(images)[1], net, args, state)
 
     # data
@@ -455,7 +461,7 @@ def main():
     model = common.parallel(net, args.compile)
 
     # optimizer
-    words = [net.sarl.words]  # if learned, without decay, which shrinks what is rarely moved
+    words = [net.sarl.words]  # without decay, if they are learned
     rest = [p for p in net.parameters() if p is not net.sarl.words]
     groups = [dict(params=rest, weight_decay=args.weight_decay), dict(params=words)]
     optimizer = torch.optim.Adam(groups, args.lr, fused=True)

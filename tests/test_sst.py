@@ -390,7 +390,7 @@ def test_words_of_an_array_are_its_rows(tmp_path, rng):
 
 def test_the_words_that_come_along_name_every_class_of_toy_coco_and_voc():
     for classes in (toy.CLASSES, common.VOC_CLASSES, COCO_CLASSES.split(", ")):
-        words = sst.read_words(sst.NAMES, classes)
+        words = sst.read_words(sst.GLOVE, classes)
         assert words.shape == (len(classes), 50) and words.any(1).all()
 
 
@@ -406,7 +406,7 @@ COCO_CLASSES = (
 )
 
 
-@pytest.mark.parametrize(("glove", "width"), [("none", 300), (sst.NAMES, 50)])
+@pytest.mark.parametrize(("glove", "width"), [("none", 300), (sst.GLOVE, 50)])
 def test_word_vectors_are_learned_without_decay_or_stay(glove, width, monkeypatch, tmp_path):
     groups, adam = [], torch.optim.Adam
     record = lambda g, *more, **options: groups.extend(g) or adam(g, *more, **options)  # noqa: E731
@@ -419,12 +419,12 @@ def test_word_vectors_are_learned_without_decay_or_stay(glove, width, monkeypatc
     assert words.shape == (16, width) and groups[1]["weight_decay"] == 0
     assert words.requires_grad == (glove == "none")
     if glove != "none":
-        assert torch.equal(words, sst.read_words(sst.NAMES, toy.CLASSES))
+        assert torch.equal(words, sst.read_words(sst.GLOVE, toy.CLASSES))
 
 
 def test_the_words_that_come_along_are_those_of_the_known_data_sets():
     for data in ("coco", "voc2007", "voc2012"):
-        assert sst.parse_args(["--data", data])[0].glove == sst.NAMES
+        assert sst.parse_args(["--data", data])[0].glove == sst.GLOVE
     for data in ("vg200", "folder"):
         assert sst.parse_args(["--data", data])[0].glove == "none"
 
