@@ -860,6 +860,8 @@ def predict(score, net, args, state):
     classes = state["classes"]
     failed = []
     entered = set()
+    items = [item for path in args.predict for item in files_in(path, entered)]
+    need(items, f"--predict: no file in {args.predict}")
     path = Path(args.out, "predictions.csv")
     if path.exists():
         print(f"{path} is written anew")
@@ -867,7 +869,7 @@ def predict(score, net, args, state):
     with open(path, "w", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         table = csv.writer(file)
         table.writerow(["path", *classes])
-        for item in [item for path in args.predict for item in files_in(path, entered)]:
+        for item in items:
             try:
                 images = view(open_image(item))[None]
             except InputError as error:

@@ -463,3 +463,12 @@ def test_other_weights_that_are_not_there_or_too_many_are_named(name, tmp_path):
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(InputError, match=rf"x\.pth does not fit.*{name}"):
         common.load_weights(backbone(), str(tmp_path / "x.pth"))
+
+
+def test_an_empty_folder_leaves_earlier_predictions_alone(trained):
+    Path("nothing").mkdir()
+    assert trained("--predict", "6.png", "--resume", "run/last.pt")[0] == 0
+    before = Path("run/predictions.csv").read_bytes()
+    status, _, error = trained("--predict", "nothing", "--resume", "run/last.pt")
+    assert status == 2 and error.count("\n") == 1 and "nothing" in error, error
+    assert Path("run/predictions.csv").read_bytes() == before

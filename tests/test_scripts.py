@@ -73,7 +73,8 @@ def lines(folder):
 
 
 def test_dry_runs_from_the_shell_write_nothing(tmp_path):
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env)
     flags = "--dry-run --weights none".split()
     scripts = [[sys.executable, str(ROOT / f"{name}.py"), *flags] for name in SCRIPTS]
     runs = [subprocess.Popen(command, **pipes) for command in scripts]  # at once: they import long
