@@ -404,7 +404,6 @@ def main():
     if args.predict:
         net = build(args, state["classes"], state["model"]["module.member"]).to(device)
         return common.predict(lambda images: net(images)[0], net, args, state)
-
     # data
     task = common.load_task(args, state, "cbsa", common.hide_images)
     if args.eval:
@@ -416,16 +415,13 @@ def main():
     unlabelled = (y == 0).all(1).nonzero()[:, 0]
     loaders, weak_loader = make_loaders(args, task.images, y, labelled, unlabelled)
     steps = max(map(len, loaders))
-
     # network
     member = make_contexts(y[labelled], args.contexts, task.classes)  # (C, G)
     net = build(args, task.classes, member).to(device, memory_format=torch.channels_last)
     teacher = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     average = teacher.module
-
     # optimizer
     optimizer, scheduler = make_optimizer(net, args, args.epochs * steps)
-
     # loop
     saved = dict(student=net, model=teacher, optimizer=optimizer, scheduler=scheduler)
     run = common.Run(args, task.about, state, **saved)

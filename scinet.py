@@ -421,7 +421,6 @@ def main():
     if args.predict:
         net = build(args, state["classes"]).to(device)
         return common.predict(lambda images: net(images)[0], net, args, state)
-
     # data
     task = common.load_task(args, state, "scinet", common.hide_entries)
     y = torch.tensor(task.y)
@@ -431,7 +430,6 @@ def main():
         views += [harder(views[0], **args.medium), harder(views[0], **args.strong)]
     loader = common.make_loader(common.ImageDataset(task.images, y, *views), args, train=True)
     plain_data = common.ImageDataset(task.images, y, common.make_transform(args.size))
-
     # network
     net = build(args, task.classes).to(device, memory_format=torch.channels_last)
     if args.eval:
@@ -443,10 +441,8 @@ def main():
     with common.naming("--neighbours cannot be used"):
         a_n = instance_graph(f, args.neighbours, args.sigma)
     memory = Memory(**state["memory"]) if state else start_memory(net, logits, y)
-
     # optimizer
     optimizer, scheduler = make_optimizer(net, args, args.epochs * len(loader))
-
     # loop
     run = common.Run(args, task.about, state, model=net, optimizer=optimizer, scheduler=scheduler)
     metrics, logits = evaluate(net, task, args.precision)

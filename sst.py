@@ -445,12 +445,10 @@ def main():
         net = build(args, weights["sarl.words"], weights["graph.adjacency"]).to(device)
     if args.predict:  # has a state, as --eval
         return common.predict(lambda images: net(images)[1], net, args, state)
-
     # data
     task = common.load_task(args, state, "sst", common.hide_entries)
     view = common.make_transform(args.size, args.crops)
     loader = common.make_loader(common.ImageDataset(task.images, task.y, view), args, train=True)
-
     # network
     if not state:
         net = build(args, *start(args, task.classes, task.y)).to(device)
@@ -459,14 +457,12 @@ def main():
         common.load_weights(net, weights)
         return common.report(args, task, evaluate(net, task, args.precision)[1])
     model = common.parallel(net, args.compile)
-
     # optimizer
     words = [net.sarl.words]  # without decay, if they are learned
     rest = [p for p in net.parameters() if p is not net.sarl.words]
     groups = [dict(params=rest, weight_decay=args.weight_decay), dict(params=words)]
     optimizer = torch.optim.Adam(groups, args.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, gamma=0.1)
-
     # loop
     run = common.Run(args, task.about, state, model=net, optimizer=optimizer, scheduler=scheduler)
     truth = torch.tensor(task.truth, device=device)
