@@ -26,7 +26,7 @@ from xml.etree import ElementTree
 import numpy as np
 import open_clip
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from sklearn.metrics import precision_recall_curve
 from timm.layers import resample_abs_pos_embed
 from torch import distributed, nn
@@ -462,17 +462,11 @@ def open_image(item, decode=True):
             whole = file.read().endswith((b"\xff\xd9", b"IEND\xaeB`\x82"))
         return image if whole and not decode else as_seen(image)
 
-UPRIGHT = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
-UPRIGHT = dict(enumerate(UPRIGHT.split(), start=2))  # what EXIF's orientations 2 to 8 need
-
 def as_seen(image):
     """RGB, as a person would see it: upright, 16 bits scaled, transparency laid on white."""
     image.load()
-    turn = None
-    with suppress(Exception):  # where the EXIF block is damaged, the picture is whole
-        turn = UPRIGHT.get(image.getexif().get(0x0112))
-    if turn:
-        image = image.transpose(Image.Transpose[turn])
+    with suppress(Exception):  # in place: it turns the pixels before it meets a damaged tag
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits, of which cameras and scanners may use 12
         x = np.asarray(image)
         image = Image.fromarray(np.uint8(x >> max(0, int(x.max()).bit_length() - 8)))

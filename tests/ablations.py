@@ -36,32 +36,35 @@ ROWS = {
     "cbsa": {
         "CLIP fine-tuned on the labelled images": (
             "--whole-image --no-context --no-unlabelled",
-            (0.05, 0.2),
+            (0.01, 0.02, 0.05, 0.2),
         ),
         "+ label-specific features": ("--no-context --no-unlabelled", (0.05, 0.2)),
-        "+ contexts": ("--no-unlabelled", (0.05, 0.2)),
+        "+ contexts": ("--no-unlabelled", (0.01, 0.02, 0.05, 0.2)),
         "+ unlabelled images, one threshold": ("--global-threshold --no-band", (0.05, 0.2)),
-        "+ a threshold a class": ("--no-band", (0.05, 0.2)),
-        "+ band": ("--band", (0.05, 0.2)),
+        "+ a threshold a class": ("--no-band", (0.01, 0.02, 0.05, 0.2)),
+        "+ band": ("--band", (0.01, 0.02, 0.05, 0.2)),
         "all labels": ("--no-unlabelled", (1.0,)),
     },
     "scinet": {
-        "learned prompt": ("--no-text-dominant --no-visual-dominant --no-augment", (0.1, 0.5)),
+        "learned prompt": (
+            "--no-text-dominant --no-visual-dominant --no-augment",
+            (0.01, 0.02, 0.1, 0.5),
+        ),
         "+ text-dominant half": ("--no-visual-dominant --no-augment", (0.1, 0.5)),
-        "+ visual-dominant half": ("--no-augment", (0.1, 0.5)),
+        "+ visual-dominant half": ("--no-augment", (0.01, 0.02, 0.1, 0.5)),
         "+ three views": ("--lambda-n 0 --lambda-q 0", (0.1, 0.5)),
-        "+ fusion": ("", (0.1, 0.5)),
+        "+ fusion": ("", (0.01, 0.02, 0.1, 0.5)),
         "all labels": ("--no-augment", (1.0,)),
     },
 }
 
-# row: key in the log's line of epoch 0, which is there before anything was trained
+# row: which of the rows above, and the key in its log's line of epoch 0, before training
 ZERO_SHOT = {
     "cbsa": {
-        "zero-shot, image feature": "mAP_image",
-        "zero-shot, label-specific features": "mAP",
+        "zero-shot, image feature": ("+ contexts", "mAP_image"),
+        "zero-shot, label-specific features": ("+ contexts", "mAP"),
     },
-    "scinet": {"zero-shot": "mAP"},
+    "scinet": {"zero-shot": ("learned prompt", "mAP")},
 }
 
 
@@ -139,9 +142,8 @@ def main() -> None:
     proportions = sorted({known for _, known in cells})
     logs = {cell: [log for out in outs if (log := finished(out))] for cell, outs in cells.items()}
     table = []
-    whole = [row for row, (flags, _) in rows.items() if not flags]  # others start elsewhere
-    for row, key in ZERO_SHOT.get(args.script, {}).items() if whole else ():
-        first = [[log[0][key] for log in logs.get((whole[0], k), ())] for k in proportions]
+    for row, (of, key) in ZERO_SHOT.get(args.script, {}).items():
+        first = [[log[0][key] for log in logs.get((of, k), ())] for k in proportions]
         table.append([row, *map(mean_std, first)])
     for row in rows:
         line = [row]

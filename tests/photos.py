@@ -37,11 +37,11 @@ normalise = common.normalise
 # what two cores can do: a MobileNetV2's map of 5 x 5 positions, narrow heads
 RECIPES = dict(
     sst=dict(
-        arch="mobilenet_v2", size=160, width=128, hidden=(64, 64), workers=0, train_trunk="none",
-        lr=3e-3, epochs=12, lr_step=9,
+        arch="mobilenet_v2", size=160, width=64, hidden=(64, 64), workers=0, train_trunk="none",
+        lr=3e-3, weight_decay=1e-5, epochs=12, lr_step=9,
     ),
     cbsa=dict(
-        size=160, workers=0, train_trunk="proj", lr=3e-4, epochs=10, warm_up=2, ema=0.98,
+        size=160, workers=0, train_trunk="last", lr=3e-4, epochs=10, warm_up=2, ema=0.98,
     ),
     scinet=dict(size=160, workers=0, epochs=5, lr=5e-4),
 )  # fmt: skip
