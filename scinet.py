@@ -24,6 +24,7 @@ Differs from the paper, as far as can be known:
  3. What is fused, S, is a mean over the epochs, of scores of views that nothing was erased from.
  4. A threshold is never under 1/2. What passes teaches with its probability, not as 0 or 1.
  5. The teacher of a view is the mean of an easier view and the confidence.
+ 6. The self-distillation is off (--lambda-s 1): it changed nothing on photographs.
 """
 
 import math
@@ -101,13 +102,13 @@ def parse_args(argv=None):
     add(
         "--lambda-u",
         type=common.WEIGHT,
-        default=1.0,
+        default=0.3,
         help="weight of the consistency losses",
     )
     add(
         "--lambda-s",
         type=common.WEIGHT,
-        default=1.0,
+        default=0.0,
         help="weight of the self-distillation",
     )
     add(

@@ -41,7 +41,7 @@ RECIPES = dict(
         lr=3e-3, weight_decay=1e-5, epochs=12, lr_step=9,
     ),
     cbsa=dict(
-        size=160, workers=0, train_trunk="last", lr=3e-4, epochs=10, warm_up=2, ema=0.98,
+        size=160, workers=0, train_trunk="last", lr=3e-5, epochs=10, warm_up=2, ema=0.98,
     ),
     scinet=dict(size=160, workers=0, epochs=5, lr=5e-4),
 )  # fmt: skip
