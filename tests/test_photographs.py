@@ -95,12 +95,6 @@ def test_a_class_that_no_image_shows_is_a_warning_that_names_it(tmp_path, capsys
     assert not capsys.readouterr().err
 
 
-def test_a_test_part_without_a_positive_is_a_warning(tmp_path, capsys):
-    write(tmp_path, "a.png,cat;-dog;-owl\nb.png,dog;-cat;owl\n", "t.png,-cat\n")
-    task(tmp_path)
-    assert capsys.readouterr().err == "warning: no test image shows any class: mAP is none\n"
-
-
 def test_a_resumed_run_has_the_task_of_its_checkpoint(tmp_path):
     write(tmp_path, "a.png,cat;-dog;-owl\nb.png,dog;-cat;owl\n")
     args = dict(data="folder", root=str(tmp_path), limit=None, download=False, complete=False)
@@ -325,7 +319,6 @@ def test_predictions_of_files_and_folders_are_one_table(trained):
     np.testing.assert_allclose([float(x) for x in rows[0][1:]], expected, atol=1e-5)
     status, out, error = trained("--predict", "mine/c.png", "--resume", "run/last.pt")
     assert status == 0 and not error and len(table()) == 2
-    assert f"{Path('run/predictions.csv')} is written anew\n" in out
 
 
 def test_links_are_followed_and_no_folder_is_predicted_twice(trained):
@@ -411,7 +404,7 @@ def test_unknown_test_labels_are_gray_and_unknown_wherever_they_come(trained):
 def test_an_evaluation_on_no_positive_is_none(trained):
     Path("test.csv").write_text("6.png,-hot dog;-кошка\n7.png,-hot dog\n", "utf-8")
     status, out, error = trained("--eval", "--resume", "run/last.pt")
-    assert status == 0 and error == "warning: no test image shows any class: mAP is none\n"
+    assert status == 0 and not error
     said = out.splitlines()
     assert {"mAP: none", "mAP_interp: none", "empty_classes: 3.00"} <= {*said}
     assert "nan" not in out
