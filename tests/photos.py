@@ -76,8 +76,8 @@ class Views(Dataset):
     @classmethod
     @torch.no_grad()
     def make(cls, images, transform, seed: int) -> np.ndarray:
-        torch.manual_seed(seed)
         data = Pictures(images, np.zeros(len(images)), transform)
+        data.epoch = torch.tensor(seed)  # what is random hangs on it
         loader = DataLoader(data, 50, num_workers=1)
         return np.concatenate([cls.trunk(x).half().numpy() for x, *_ in tqdm(loader, "views")])
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 import common
 from common import InputError
+from tests import photos
 from tests.conftest import small_clip
 
 
@@ -310,3 +311,26 @@ def test_class_names_that_differ_after_what_clip_reads_are_refused(capsys):
     assert not capsys.readouterr().err
     with pytest.raises(InputError, match="twice there"):  # what tells them apart is cut off
         common.prompt_tokens(tokenize, "a photo of a {}", [f"{fits} owl", f"{fits} dog"])
+
+
+# ------------------------------------------------------------------------- views of photographs
+
+
+def test_cached_views_of_a_photograph_are_random_ones(tmp_path):
+    noise = np.random.RandomState(0).randint(0, 256, (3, 64, 64, 3), "uint8")
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, pixels in zip(paths, noise, strict=True):
+        Image.fromarray(pixels).save(path)
+
+    class Views(photos.Views):
+        cache, number, trunk = tmp_path, 3, lambda images: images.float()
+
+    random, plain = common.make_transform(32, (448,)), common.make_transform(32)
+    views = Views.load(paths, random)
+    assert views.shape == (3, 3, 3, 32, 32)
+    for i in range(3):
+        for a, b in ((0, 1), (0, 2), (1, 2)):
+            assert (views[i, a] != views[i, b]).mean() > 0.5
+    assert Views.load(paths, plain).shape == (3, 1, 3, 32, 32)
+    Views.trunk = None  # both are looked up now
+    assert np.array_equal(views, Views.load(paths, random))
