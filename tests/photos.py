@@ -9,7 +9,7 @@ trunk (by --train-trunk last of cbsa.py, its stages before the last) makes of an
 in CACHE, where VIEWS random views of every image, by the script's own transform, were put the first
 time they were wanted. The test images are those of the data set or, to choose a setting, the last
 HELD_OUT training images. --probe trains, in the place of sst.py's network, a logistic regression a
-class on the mean of the map; its C is given.
+class on the mean of the map; its C is given. With --data toy it does so on the toy world.
 """
 
 import hashlib
@@ -63,7 +63,11 @@ class Views(Dataset):
     def load(cls, images, transform) -> np.ndarray:
         """(images, views, channels, h, w) in half precision."""
         views = cls.number if "Random" in repr(transform) else 1
-        key = repr((cls.key, [Path(image).name for image in images], transform, views))
+        if isinstance(images, np.ndarray):  # the toy world
+            names = hashlib.sha256(images).hexdigest()
+        else:
+            names = [Path(image).name for image in images]
+        key = repr((cls.key, names, transform, views))
         path = cls.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
         if not path.exists():
             made = [cls.make(images, transform, seed) for seed in range(views)]
