@@ -48,12 +48,19 @@ def unreadable() -> None:
     raise common.InputError("image x.jpg cannot be read; replace or remove it")
 
 
-def serve(name: str, arguments: list[str], folder: str, where=None, act=None, limit=None) -> None:
+def serve(
+    name: str, arguments: list[str], folder: str, where=None, act=None, limit=None, several=None
+) -> None:
     """Run a script in `folder`, its output appended to stdout and stderr there.
 
     where (module, function, number): before that call the process gets the signal `act`, or `act`
-    is called; `limit` is the size in bytes that files can grow to.
+    is called; `limit` is the size in bytes that files can grow to; `several` what torchrun would
+    tell the process.
     """
+    if several:
+        os.environ.update(several)
+        common.RANK = int(several["RANK"])
+        common.PROCESSES = int(several["WORLD_SIZE"])
     multiprocessing.set_start_method("fork", force=True)  # for the loaders' workers, as usual
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the back
     os.chdir(folder)
