@@ -4,8 +4,8 @@
 Fan, Xie, Xiao, Huang: Context-Based Semantic-Aware Alignment for Semi-Supervised Multi-Label
 Learning, AAAI 2025. CLIP's text feature of each class finds its place in the image, so that a text
 is aligned with a feature of its own, not with the one feature of the whole image. A second task
-tells which contexts an image shows: groups of classes that occur together. A moving average of the
-network labels the other images, by a threshold for each class.
+tells which contexts an image shows: groups of classes that occur together. The other images are
+labelled by a threshold for each class; in our reading, by a moving average of the network.
 
 We had the abstract and the captions of the figures, not the equations. From them: label-specific
 features by CLIP's text encoder, one-to-one alignment, contexts by spectral clustering of the label
@@ -13,15 +13,15 @@ correlations, learned on labelled and unlabelled images, class-wise thresholds. 
 (abstract) or (Figure) where it rests on these; every formula is our reading.
 
 Run:  python cbsa.py                         toy world, 5 % of the images labelled
-      python cbsa.py --no-unlabelled         supervised: the labelled images only
+      python cbsa.py --no-unlabelled         supervised: no losses on unlabelled images
       python cbsa.py --data coco --root DIR --known 0.05
 
 Measured with 5 % labelled, mAP over three seeds. 3,000 photographs: CLIP 28.5; fine-tuned on the
 labelled images 30.8 ± 0.4; CBSA 31.9 ± 0.3. Toy world: 72.4, 88.0 ± 0.7 and 93.1 ± 0.2.
 Differs from the paper, as far as can be known:
- 1. Two sets of prompts: "where" (the region showing a {class}) attends, "what" (a photo of a
-    {class}) names. Each text feature is a mean over a few prompts.
- 2. Pseudo-labels are made once an epoch, over all unlabelled images: the counts are then exact.
+ 1. The words of the prompts are ours: "where" (the region showing a {class}) attends, "what" (a
+    photo of a {class}) names. On real data a text feature is a mean over three or four of them.
+ 2. Pseudo-labels are made once an epoch, from ranks over all unlabelled images.
  3. On real data, scores near the threshold of a class become no label (--band).
 """
 
@@ -90,17 +90,17 @@ def parse_args(argv=None):
     parser = common.arguments(__doc__, known="IMAGES", mask_seed=1, batch_size=64)
     add = parser.add_argument_group("method").add_argument
     add("--arch", help="a CLIP of open_clip, hf-hub:ORG/NAME or local-dir:FOLDER")
-    add("--weights", default="default", help="default (OpenAI's, the folder's), none, or a file")
-    add("--train-trunk", choices=("last", "all"), default="last", help="what of it learns")
+    add("--weights", default="default", help="default (OpenAI's, the folder's), tag, none, or file")
+    add("--train-trunk", choices=("last", "all"), default="last", help="tower stages that learn")
     add("--whole-image", action="store_true", help="one feature for all labels: alpha is 0")
     add("--no-context", action="store_true", help="no context identification")
     add("--global-threshold", action="store_true", help="one threshold for all classes")
     add("--band", action=BooleanOptionalAction, help="pseudo-labels near the threshold are none")
-    add("--no-unlabelled", action="store_true", help="supervised only: the labelled images")
+    add("--no-unlabelled", action="store_true", help="no losses on unlabelled images")
     add("--contexts", type=common.NATURAL, help="G, number of contexts; 0 for the eigengap's")
     add("--lambda-u", type=common.WEIGHT, default=1.0, help="weight of the unlabelled images")
     add("--ema", type=common.SHARE, help="decay of the teacher, a step")
-    add("--warm-up", type=common.NATURAL, help="first epochs, on labelled images only")
+    add("--warm-up", type=common.POSITIVE, help="first epochs, on labelled images only")
     add("--head-lr", type=common.RATE, help="highest rate of what is not the tower")
     return common.parse(parser, RECIPES, "cbsa", argv)
 
@@ -414,8 +414,9 @@ def main():
         common.load_weights(net, state["model"])
         return common.report(args, task, evaluate(net, task, args.precision)[1])
     y = torch.tensor(task.y)
-    labelled = (y != 0).any(1).nonzero()[:, 0]
-    unlabelled = (y == 0).all(1).nonzero()[:, 0]
+    is_labelled = (y != 0).any(1)
+    labelled = is_labelled.nonzero().flatten()
+    unlabelled = (~is_labelled).nonzero().flatten()
     loaders, weak_loader = make_loaders(args, task.images, y, labelled, unlabelled)
     steps = max(map(len, loaders))
     # network
@@ -426,18 +427,20 @@ def main():
     # optimizer
     optimizer, scheduler = make_optimizer(net, args, args.epochs * steps)
     # loop
-    saved = dict(student=net, model=teacher, optimizer=optimizer, scheduler=scheduler)
-    run = common.Run(args, task.about, state, **saved)
+    run = common.Run(
+        args, task.about, state,
+        student=net, model=teacher, optimizer=optimizer, scheduler=scheduler,
+    )  # fmt: skip
     if not state:
         run.add(zero_shot(net, task, weak_loader, class_prior(y[labelled]), args.precision))
     logits = evaluate(average, task, args.precision)[1]
     model = common.parallel(net, args.compile)
-    known = [y, context_labels(y, member)]
+    known = [y, context_labels(y, net.member.cpu())]  # the contexts of a checkpoint, if resumed
     for epoch in range(run.start, args.epochs + 1):
         warm_up = epoch <= min(args.warm_up, args.epochs - 1)
         use_unlabelled = len(unlabelled) > 0 and not (warm_up or args.no_unlabelled)
         active = loaders if use_unlabelled else loaders[:1]
-        run.begin(epoch, *active)
+        run.begin(epoch, *active, steps=steps)
         labels = known
         if use_unlabelled:
             labels = label_the_unlabelled(average, weak_loader, known, labelled, unlabelled, args)

@@ -27,7 +27,7 @@ import open_clip
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from sklearn.metrics import precision_recall_curve
-from timm.layers import resample_abs_pos_embed
+from timm.layers import convert_sync_batchnorm, resample_abs_pos_embed
 from torch import distributed, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn.functional import normalize
@@ -140,7 +140,7 @@ def arguments(doc, known, mask_seed, batch_size):
     add("--seed", type=NATURAL, default=0, help="initial weights, order and augmentation")
     add("--out", help="for log.jsonl, last.pt, samples.png; default runs/METHOD-DATA-N")
     add("--resume", metavar="{auto,PATH}", help="continue OUT/last.pt if it is there, or PATH")
-    add("--dry-run", action="store_true", help="a few steps on a few images, nothing written")
+    add("--dry-run", action="store_true", help="train a few steps on a few images, write nothing")
     return parser
 
 def parse(parser, recipes, method, argv):
@@ -199,7 +199,7 @@ def parallel(net, compiled):
     if PROCESSES == 1:
         return net
     if next(net.parameters()).is_cuda:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        net = convert_sync_batchnorm(net)  # also those of timm, which hold an activation
     return nn.parallel.DistributedDataParallel(net)
 
 def gather(x):
@@ -338,10 +338,11 @@ def load_folder(root, part):
     classes = [line.strip() for line in text.splitlines() if line.strip()]
     column = unique(classes, "classes.txt: class", range(len(classes)))
     paths, places, y = [], [], []
-    lines = csv.reader(read(f"{root}/{part}.csv").splitlines())
-    for cells in lines:
+    reader = csv.reader(read(f"{root}/{part}.csv").splitlines())
+    with naming(f"{part}.csv cannot be read; has a line an odd number of quotes?"):
+        lines = [(f"{part}.csv line {reader.line_num}", cells) for cells in reader]
+    for place, cells in lines:
         if any(map(str.strip, cells)):  # a spreadsheet may have blank rows
-            place = f"{part}.csv line {lines.line_num}"
             need(len(cells) == 2, f"{place} is not path,label;label;-label: {cells}")
             paths.append(os.path.normpath(f"{root}/{cells[0]}".replace("\\", "/")))
             places.append(place)
@@ -382,7 +383,7 @@ def load_arrays(root, part):
     with naming(f"--root {root} needs {ARRAYS}{folder}/, and not arrays of objects"):
         names = np.load(f"{root}/formatted_{part}_images.npy")
         y = np.load(f"{root}/formatted_{part}_labels.npy")
-        fits = names.ndim == 1 and y.shape == (len(names), len(classes))
+        fits = (names.ndim, names.dtype.kind, *y.shape) == (1, "U", len(names), len(classes))
         sizes = f"{names.shape} names, {y.shape} labels of 1, 0, -1, {len(classes)} classes"
         need(fits and {*np.unique(y)} <= {-1, 0, 1}, f"{part}: {sizes}")
     outside = [name for name in names if {"..", "/"} & {*Path(name).parts}]
@@ -436,9 +437,8 @@ def open_image(item, decode=True):
     that ends as such files do is taken for whole and left."""
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
-    hint = "replace or remove it"
-    if str(item).lower().endswith((".heic", ".heif")):
-        hint = "convert it to JPEG or PNG"
+    heic = str(item).lower().endswith((".heic", ".heif"))
+    hint = "convert it to JPEG or PNG" if heic else "replace or remove it"
     with naming(f"image {item} cannot be read; {hint}"), Image.open(item) as image:
         need(image.mode not in ("I", "F"), "32 bits a pixel have no known range; use 8 or 16")
         with open(item, "rb") as file:
@@ -694,8 +694,8 @@ class Run:
         self.device = next(saved["model"].parameters()).device
         self.silent = args.dry_run or RANK > 0
         self.out = None if self.silent else self.folder()
-        cuda = self.device.type == "cuda"
-        name = torch.cuda.get_device_name(self.device) if cuda else "cpu"
+        self.cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if self.cuda else "cpu"
         first = dict(torch=str(torch.__version__), device=name, command=sys.argv, args=vars(args))
         EPOCH.zero_()
         self.log = [{"run": about | first}]
@@ -725,10 +725,11 @@ class Run:
             except FileExistsError:
                 need(not out, f"--out {out} is there; add --resume auto, or choose another")
 
-    def begin(self, epoch, *loaders):
-        """Seed order and augmentation with (seed, epoch): a resumed run repeats the epoch."""
+    def begin(self, epoch, *loaders, steps=0):
+        """Seed order and augmentation with (seed, epoch). steps: if they are not one pass."""
         self.entry = dict(epoch=epoch, lr=self.saved["optimizer"].param_groups[0]["lr"])
-        self.images = max(map(len, loaders)) * self.args.batch_size
+        batch = PROCESSES * sum(loader.batch_size for loader in loaders)
+        self.images = batch * (steps or len(loaders[0]))
         self.time = time.time()
         seed = hash((self.args.seed, epoch)) % 2**31
         torch.manual_seed(seed)
@@ -739,7 +740,7 @@ class Run:
     def end(self, entry, **more):
         """Print and log an epoch and save a checkpoint with `more` in it."""
         seconds = time.time() - self.time
-        memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else None
+        memory = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.cuda else None
         speed = dict(seconds=seconds, images_per_second=self.images / seconds)
         self.add(self.entry | entry | speed | dict(peak_memory_gb=memory))
         if self.silent:
@@ -783,8 +784,7 @@ class Run:
             save_image(drawn, self.out / "samples.png", nrow=6)
             print(f"likely labels, green if there, by number if not ASCII: {self.out}/samples.png")
 
-def percent(value):
-    """Two decimals; None and NaN are what no image can tell."""
+def percent(value):  # None and NaN are what no image can tell
     return "none" if value is None or value != value else f"{value:.2f}"
 
 def draw(image, p, y, classes):
@@ -803,7 +803,7 @@ def report(args, task, logits):
     for name, value in [*multilabel_metrics(logits, task.test_y).items(), *by_class]:
         print(f"{name}: {percent(value)}")
     if RANK == 0:
-        path = Path(args.out, "predictions.npz")
+        path = f"{args.out}/predictions.npz"
         np.savez(path, logits=logits, labels=task.test_y, classes=task.classes)
 
 def files_in(path, entered):

@@ -7,11 +7,11 @@ how image and text change each other's features. Similar images and correlated l
 other confidence in the labels that nobody gave. Three ever harder views of an image must agree.
 
 We had the abstract, one paragraph and the captions of the figures, not the equations. The code that
-the authors released holds none of the three modules. From the text: frozen encoders, a learned
-prompt [v1 .. vm, CLASS], a Gaussian graph of instances, a Pearson graph of labels, one confidence
-matrix, weak, medium and strong views, consistency, self-distillation, difficulty; lambda_n = 0.1,
-lambda_q = 0.4, width 0.3. A docstring says (paper) where it rests on these; every formula is our
-reading.
+the authors released holds none of the three modules. From abstract and captions: frozen
+encoders, a learned prompt [v1 .. vm, CLASS], a Gaussian graph of instances, a Pearson graph of
+labels, one confidence matrix, weak, medium and strong views, consistency, self-distillation,
+difficulty; lambda_n = 0.1, lambda_q = 0.4, width 0.3. A docstring says (paper) where it rests on
+these; every formula is our reading.
 
 Run:  python scinet.py                       toy world, 10 % of the labels known
       python scinet.py --no-augment          known labels only
@@ -20,13 +20,13 @@ Run:  python scinet.py                       toy world, 10 % of the labels known
 Measured with 10 % known, mAP over three seeds. 3,000 photographs: CLIP 28.0; learned prompt
 29.3 ± 0.5; SCINet 31.9 ± 0.2. Toy world: 72.4, 81.6 ± 0.0 and 94.5 ± 0.2.
 Differs from the paper, as far as can be known:
- 1. lambda_q is 0.03: the paper's 0.4 costs real scores 2 to 12 points (tests/fusion.py).
+ 1. lambda_q is 0.03: the paper's 0.4 costs real scores 2 to 7 points (tests/fusion.py).
  2. Pearson's coefficients are of the confidences, with known labels in their place: at 10 % known,
-    one image in a hundred has both labels of a pair.
+    one image in a hundred knows both labels of a pair.
  3. What is fused, S, is a mean over the epochs, of scores of views that nothing was erased from.
  4. A threshold is never under 1/2. What passes teaches with its probability, not as 0 or 1.
  5. The teacher of a view is the mean of an easier view and the confidence.
- 6. The self-distillation is off (--lambda-s 1): it changed nothing on photographs.
+ 6. The self-distillation is off (on: --lambda-s 1): it changed nothing on photographs.
 """
 
 import math
@@ -73,7 +73,7 @@ def parse_args(argv=None):
     parser = common.arguments(__doc__, known="label ENTRIES", mask_seed=0, batch_size=64)
     add = parser.add_argument_group("method").add_argument
     add("--arch", help="a CLIP of open_clip, hf-hub:ORG/NAME or local-dir:FOLDER")
-    add("--weights", default="default", help="default (OpenAI's, the folder's), none, or a file")
+    add("--weights", default="default", help="default (OpenAI's, the folder's), tag, none, or file")
     add("--no-text-dominant", action="store_true", help="images do not change the text features")
     add("--no-visual-dominant", action="store_true", help="texts do not change the image feature")
     add("--no-augment", action="store_true", help="known labels only, one view")
@@ -117,7 +117,7 @@ def parse_args(argv=None):
         "--ramp",
         type=common.NATURAL,
         default=2,
-        help="epochs in which both weights grow from 0",
+        help="epochs in which lambda-u and lambda-s grow from 0",
     )
     add("--head-lr", type=common.RATE, help="highest rate of beta, gamma and the biases")
     return common.parse(parser, RECIPES, "scinet", argv)
@@ -435,12 +435,11 @@ def main():
     plain_data = common.ImageDataset(task.images, y, common.make_transform(args.size))
     # network
     net = build(args, task.classes).to(device, memory_format=torch.channels_last)
-    if args.eval:
+    if state:
         common.load_weights(net, state["model"])
+    if args.eval:
         return common.report(args, task, evaluate(net, task, args.precision)[1])
-    logits, f = common.outputs(
-        net.eval(), common.make_loader(plain_data, args), device, args.precision
-    )
+    logits, f = common.outputs(net, common.make_loader(plain_data, args), device, args.precision)
     with common.naming("--neighbours cannot be used"):
         a_n = instance_graph(f, args.neighbours, args.sigma)
     memory = Memory(**state["memory"]) if state else start_memory(net, logits, y)

@@ -12,7 +12,7 @@ Run:  python sst.py                          toy world, 10 % of the labels known
       python sst.py --data coco --root DIR --known 0.5
 Measured at 10 % known, mAP: toy world 77.9 ± 0.8, SSGRL 75.2 ± 1.3 (three seeds). 8,000
 photographs, frozen trunk: 20.7 ± 0.2, SSGRL 19.9 ± 0.3 (two seeds), a linear probe 30.8 ± 0.5.
-Differs from the paper, and from the authors' code ("theirs", github.com/HCPLab-SYSU/HCP-MLR-PL):
+Main differences from the paper, and from the authors' code ("theirs", HCPLab-SYSU/HCP-MLR-PL):
  1. Only the last stage of the trunk learns, and 14 x 14 positions are averaged to 7 x 7, as theirs.
     GloVe vectors of 50 numbers are shipped; theirs have 300 (--glove FILE).
  2. Graph: P(j|i) is over images that know j, and 0 for j = i. Theirs is over all images with i (at
@@ -90,7 +90,7 @@ def parse_args(argv=None):
         action=BooleanOptionalAction,
         help="batch norms of the trunk use stored means",
     )
-    add("--pool", type=common.POSITIVE, help="side of the squares of the map that are averaged")
+    add("--pool", type=common.POSITIVE, help="side of averaged squares, if four fit the map's")
     add("--width", type=common.POSITIVE, help="D, width of the class features")
     add("--glove", help="word vectors: text of GloVe, .npy (C, width), or none: they are learned")
     add("--no-ist", action="store_true", help="no intra-image transfer")
@@ -113,7 +113,7 @@ def split_trunk(net, learns="last"):
     else:
         layers = list(getattr(net, "features", ()))
         last = 3 * len(layers) // 4
-    if not layers:
+    if not layers or hasattr(net, "permute"):  # that of a Swin has its channels last
         raise ValueError("no spatial trunk; choose resnet101 or mobilenet_v2")
     first = dict(all=0, last=last, none=len(layers))[learns]
     return nn.Sequential(*layers[:first]), nn.Sequential(*layers[first:])
@@ -213,8 +213,8 @@ class SST(nn.Module):
     """images (B, 3, H, W) uint8 -> class features f (B, C, D), logits (B, C) and pair logits
     (B, C, C), where pairs are asked for (B, C, C). Normalises images by `common.normalise`.
 
-    frozen, trained: stages of a trunk. pairs: None without IST. A map of 8 positions a side or more
-    is averaged over squares of `pool`. frozen_bn: also norms that learn use their stored means.
+    frozen, trained: stages of a trunk. pairs: None without IST. The map is averaged over squares of
+    `pool`, if four or more fit a side. frozen_bn: also norms that learn use their stored means.
     """
 
     def __init__(self, frozen, trained, sarl, graph, pairs=None, pool=1, frozen_bn=False):
@@ -242,7 +242,7 @@ class SST(nn.Module):
 
     def forward(self, images, asked=None):
         x = self.trained(self.frozen(common.normalise(images)))  # (B, channels, h, w)
-        if x.shape[-1] >= 8:
+        if x.shape[-1] >= 4 * self.pool.kernel_size:
             x = self.pool(x)
         x = self.project(x)  # (B, D, h, w)
         f = self.sarl(x.flatten(2).transpose(1, 2))  # (B, N, D) -> (B, C, D)
@@ -366,10 +366,8 @@ def train_one_epoch(model, loader, optimizer, truth, epoch, args):
             f, logits, pair_logits = model(images, asked)  # (B, C, D), (B, C), (B, C, C)
         # Eq. 10: L_cls is a loss on the known labels, and one on each completed set, below
         loss_cls = partial_bce(logits, y)
-        loss_ist = 0 * loss_cls
-        loss_cst = 0 * loss_cls
-        y_intra = y
-        y_cross = y
+        loss_ist = loss_cst = 0 * loss_cls
+        y_intra = y_cross = y
         if not args.no_ist:
             p = net.graph.adjacency.T[None]  # for --stat-cooc: row i, column j holds P(i|j)
             if not args.stat_cooc:
@@ -431,10 +429,11 @@ def build(args, words, adjacency):
 
 def start(args, classes, y):
     """Word vectors (C, width) and adjacency (C, C) of a new run with known labels y (images, C)."""
+    adjacency = cooccurrence(torch.tensor(y))
     if args.glove == "none":
-        return torch.randn(len(classes), 300), cooccurrence(torch.tensor(y))
+        return torch.randn(len(classes), 300), adjacency
     with common.naming(f"--glove {args.glove} cannot be used"):
-        return read_words(args.glove, classes), cooccurrence(torch.tensor(y))
+        return read_words(args.glove, classes), adjacency
 
 def main():
     args, state = parse_args()
@@ -458,9 +457,9 @@ def main():
         return common.report(args, task, evaluate(net, task, args.precision)[1])
     model = common.parallel(net, args.compile)
     # optimizer
-    words = [net.sarl.words]  # without decay, if they are learned
-    rest = [p for p in net.parameters() if p is not net.sarl.words]
-    groups = [dict(params=rest, weight_decay=args.weight_decay), dict(params=words)]
+    words = net.sarl.words  # without decay, if they are learned
+    rest = [p for p in net.parameters() if p is not words]
+    groups = [dict(params=rest, weight_decay=args.weight_decay), dict(params=[words])]
     optimizer = torch.optim.Adam(groups, args.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, gamma=0.1)
     # loop

@@ -20,8 +20,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-# row: flags, proportions known. From row to row a module is added, up to the whole method; the row
-# after it is the same network with all labels known
+# row: flags, proportions known. From row to row a module is added (of SST: one, the other, both) up
+# to the whole method; the row after it knows all labels and needs no guesses
 ROWS = {
     "sst": {
         "SSGRL": ("--no-ist --no-cst", (0.1, 0.3, 0.5)),
@@ -110,7 +110,7 @@ def mean_std(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("script", choices=ROWS)
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--runs", type=Path, help="default runs/ablations or runs/photographs")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, nargs="+", help="only these, counted from 0")
@@ -124,17 +124,16 @@ def main() -> None:
         world, options, arguments = "photographs", *args.photos
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         start = f"{HERE / 'photos.py'} --threads {threads} {options} {args.script}.py {arguments}"
+    runs = args.runs or Path("runs/photographs" if args.photos else "runs/ablations")
     cells = {
-        (row, known): [folder(args.runs, args.script, row, known, seed) for seed in args.seeds]
+        (row, known): [folder(runs, args.script, row, known, seed) for seed in args.seeds]
         for row, (_, proportions) in rows.items()
         for known in proportions
         if args.known is None or known in args.known
     }
     if not args.table_only:
         with ThreadPoolExecutor(args.jobs) as pool:
-            # method and baseline first, then one proportion after the other
-            order = [*rows]
-            for row, known in sorted(cells, key=lambda cell: (order.index(cell[0]) > 1, cell[1])):
+            for row, known in sorted(cells, key=lambda cell: cell[1]):
                 outs = cells[row, known]
                 for seed, out in zip(args.seeds, outs, strict=True):
                     if not finished(out):

@@ -248,7 +248,7 @@ def cst(C: int = 80, B: int = 8, D: int = 1024, stored: int = 100):
 
 
 def fusion(n: int, C: int = 80, K: int = 10):
-    """The ten steps of the fixed point, the neighbours given."""
+    """The steps of the fixed point, the neighbours given."""
     y, s = partial_labels(n, C), torch.rand(n, C)
     where = torch.stack((torch.arange(n).repeat_interleave(K), torch.randint(n, (n * K,))))
     a_n = torch.sparse_coo_tensor(where, torch.full((n * K,), 1 / K), (n, n)).to_sparse_csr()

@@ -21,6 +21,7 @@ import sys
 from argparse import REMAINDER, ArgumentParser
 from functools import cached_property
 from pathlib import Path
+from types import MethodType
 from unittest.mock import patch
 
 import numpy as np
@@ -50,7 +51,7 @@ RECIPES = dict(
 class Views(Dataset):
     """As `common.ImageDataset`, with maps (channels, h, w) of a trunk in the place of views."""
 
-    cache, number, trunk, key = Path(), 4, None, ""  # set by main()
+    cache, number, trunk, frozen = Path(), 4, None, None  # set by main()
 
     def __init__(self, images, y: np.ndarray, *transforms) -> None:
         self.y, self.images, self.transforms = torch.as_tensor(y), images, transforms
@@ -67,7 +68,9 @@ class Views(Dataset):
             names = hashlib.sha256(images).hexdigest()
         else:
             names = [Path(image).name for image in images]
-        key = repr((cls.key, names, transform, views))
+        state = cls.frozen.state_dict().values()
+        weights = hashlib.sha256(b"".join(x.numpy().tobytes() for x in state)).hexdigest()
+        key = repr((weights, names, transform, views))
         path = cls.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
         if not path.exists():
             made = [cls.make(images, transform, seed) for seed in range(views)]
@@ -100,6 +103,8 @@ def split(load, images: int, held_out: int):
     def load_data(*args) -> tuple:
         classes, (paths, y), test = load(*args)
         if held_out:
+            fits = images + held_out <= len(paths)
+            common.need(fits, f"--images and --held-out must share {len(paths)} images")
             test = paths[-held_out:], y[-held_out:]
         return classes, (paths[:images], y[:images]), test
 
@@ -124,8 +129,8 @@ class Noting(common.Run):
     def finish(self, task, logits) -> None:
         print(self.log[-1])
 
-    def begin(self, *epoch_and_loaders) -> None:
-        super().begin(*epoch_and_loaders)
+    def begin(self, *given, **more) -> None:
+        super().begin(*given, **more)
         Noting.run = self
 
 
@@ -152,8 +157,12 @@ class Known(nn.Module):
         return self.trunk(x) if x.shape[1] == 3 else x
 
 
-def as_float(x: Tensor, *mean_and_std) -> Tensor:
+def as_float(trunk: nn.Module, x: Tensor) -> Tensor:
     return x.float()
+
+
+def last_stage(trunk: nn.Module, x: Tensor) -> Tensor:
+    return trunk.bn2(trunk.conv_head(trunk.blocks[-1](x.float())))
 
 
 def main() -> None:
@@ -179,28 +188,28 @@ def main() -> None:
 
     def look_up(net: nn.Module, learns: str) -> tuple:
         frozen, trained = split_trunk(net.eval(), learns)
-        given = script.parse_args(sys.argv[1:])[0]
-        Views.key = f"{given.arch} {given.weights}" + ("" if learns == "none" else f" {learns}")
-        Views.trunk = lambda x: frozen(normalise(x))
+        Views.frozen, Views.trunk = frozen, lambda x: frozen(normalise(x))
         return Known(frozen), trained
 
     def load_clip(*given) -> tuple:
         clip, tokenizer = of_clip(*given)
         trunk, numbers = clip.visual.trunk, clip.visual.preprocess_cfg
-        frozen, rest = trunk.forward_features, nn.Identity()
+        frozen, rest = trunk.forward_features, as_float
+        Views.frozen = trunk
         if getattr(script.parse_args(sys.argv[1:])[0], "train_trunk", "") == "last":
             frozen = nn.Sequential(trunk.conv_stem, trunk.bn1, *trunk.blocks[:-1])
-            rest = nn.Sequential(trunk.blocks[-1], trunk.conv_head, trunk.bn2)
-        trunk.forward_features = lambda x: rest(x.float())
+            rest = last_stage
+            Views.frozen = frozen
+        # a method of this trunk: that of a copy, such as the teacher, is one of the copy
+        trunk.forward_features = MethodType(rest, trunk)
         mean, std = numbers["mean"], numbers["std"]
-        Views.key = repr(given) + ("" if isinstance(rest, nn.Identity) else " but the last stage")
         Views.trunk = lambda x: frozen(normalise(x, mean, std))
         return clip, tokenizer
 
     split_trunk = getattr(script, "split_trunk", None)
     of_clip = common.load_clip
     changes = dict(
-        ImageDataset=Views, normalise=as_float, load_clip=load_clip,
+        ImageDataset=Views, normalise=lambda x, *mean_and_std: x.float(), load_clip=load_clip,
         load_data=split(common.load_data, args.images, args.held_out), Run=Noting,
     )  # fmt: skip
     own = dict(evaluate=at_the_end(script.evaluate))

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Lists of data sets as others wrote them, with their mistakes, and class names as CLIP reads."""
 
+import copy
 import json
 import tracemalloc
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import common
 from common import InputError
@@ -223,6 +226,11 @@ ARRAY_MISTAKES = {  # change, words of the message
         dict(images=np.array(["sky/2.jpg", "sky/1.jpg"], object)),
         "^--root .* needs .*not arrays of objects .*Object arrays",
     ),
+    "names are numbers": (dict(images=np.arange(2)), SHAPES.format(r"\(2,\)", r"\(2, 3\)")),
+    "names are bytes": (
+        dict(images=np.array([b"sky/2.jpg", b"sky/1.jpg"])),
+        SHAPES.format(r"\(2,\)", r"\(2, 3\)"),
+    ),
     "labels are a row": (dict(labels=np.ones(3)), SHAPES.format(r"\(2,\)", r"\(3,\)")),
     "labels are three-dimensional": (
         dict(labels=np.ones((2, 3, 1))),
@@ -324,6 +332,7 @@ def test_cached_views_of_a_photograph_are_random_ones(tmp_path):
 
     class Views(photos.Views):
         cache, number, trunk = tmp_path, 3, lambda images: images.float()
+        frozen = nn.Linear(2, 2)
 
     random, plain = common.make_transform(32, (448,)), common.make_transform(32)
     views = Views.load(paths, random)
@@ -332,5 +341,22 @@ def test_cached_views_of_a_photograph_are_random_ones(tmp_path):
         for a, b in ((0, 1), (0, 2), (1, 2)):
             assert (views[i, a] != views[i, b]).mean() > 0.5
     assert Views.load(paths, plain).shape == (3, 1, 3, 32, 32)
-    Views.trunk = None  # both are looked up now
+    make, Views.trunk = Views.trunk, None  # both are looked up now
     assert np.array_equal(views, Views.load(paths, random))
+    Views.trunk = lambda images: 2 * make(images)
+    Views.frozen.weight.data += 1  # another trunk
+    assert np.array_equal(2 * views, Views.load(paths, random))
+
+
+def test_last_stage_on_photographs_is_that_of_the_network_or_of_its_teacher():
+    trunk = nn.Module()
+    trunk.blocks = nn.ModuleList([nn.Identity(), nn.Conv2d(2, 3, 1)])
+    trunk.conv_head, trunk.bn2 = nn.Conv2d(3, 4, 1), nn.Identity()
+    trunk.forward_features = MethodType(photos.last_stage, trunk)
+    teacher, x = copy.deepcopy(trunk), torch.rand(1, 2, 3, 3)
+    assert torch.equal(teacher.forward_features(x), trunk.forward_features(x))
+    teacher.blocks[-1].weight.data.zero_()
+    assert not torch.equal(teacher.forward_features(x), trunk.forward_features(x))
+    before = trunk.forward_features(x)
+    teacher.conv_head.weight.data.zero_()
+    assert torch.equal(trunk.forward_features(x), before)
