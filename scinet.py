@@ -2,464 +2,552 @@
 """Semantic Co-occurrence Insight Network (SCINet): CLIP prompts when single labels are missing.
 
 Wu, Teng, Feng, Shi, Lin, Zhang, Wang: Exploring Partial Multi-Label Learning via Integrating
-Semantic Co-occurrence Knowledge, 2025. Both towers of CLIP are frozen. What learns is a prompt, and
-how image and text change each other's features. Similar images and correlated labels lend each
-other confidence in the labels that nobody gave. Three ever harder views of an image must agree.
+Semantic Co-occurrence Knowledge, 2025 (arXiv 2507.05992). This file is a reconstruction from the
+abstract, a paragraph and the captions of the figures: we did not have the equations. Both towers
+of CLIP are frozen. A prompt learns, and how image and text change each other's features. Similar
+images and correlated labels lend each other confidence in labels that nobody gave. A weak, a medium
+and a strong view of an image must agree.
 
-We had the abstract, one paragraph and the captions of the figures, not the equations. The code that
-the authors released holds none of the three modules. From abstract and captions: frozen
-encoders, a learned prompt [v1 .. vm, CLASS], a Gaussian graph of instances, a Pearson graph of
-labels, one confidence matrix, weak, medium and strong views, consistency, self-distillation,
-difficulty; lambda_n = 0.1, lambda_q = 0.4, width 0.3. A docstring says (paper) where it rests on
-these; every formula is our reading.
+Run:  python scinet.py                            toy world, 10 % of the labels known
+      python scinet.py --data coco --known 0.1    COCO 2014 in data/
+      python scinet.py --lambda-u 0               known labels only
 
-Run:  python scinet.py                       toy world, 10 % of the labels known
-      python scinet.py --no-augment          known labels only
-      python scinet.py --data coco --root DIR --known 0.1
+Measured:  MEASURED
 
-Measured with 10 % known, mAP over three seeds. 3,000 photographs: CLIP 28.0; learned prompt
-29.3 ± 0.5; SCINet 31.9 ± 0.2. Toy world: 72.4, 81.6 ± 0.0 and 94.5 ± 0.2.
-Differs from the paper, as far as can be known:
- 1. lambda_q is 0.03: the paper's 0.4 costs real scores 2 to 7 points (tests/fusion.py).
- 2. Pearson's coefficients are of the confidences, with known labels in their place: at 10 % known,
-    one image in a hundred knows both labels of a pair.
- 3. What is fused, S, is a mean over the epochs, of scores of views that nothing was erased from.
- 4. A threshold is never under 1/2. What passes teaches with its probability, not as 0 or 1.
- 5. The teacher of a view is the mean of an easier view and the confidence.
- 6. The self-distillation is off (on: --lambda-s 1): it changed nothing on photographs.
+Where this differs. Their code is wuliwuxin/SCINet, which names an earlier paper (ACM MM 2024); "-":
+not said; "=": as theirs. Docstrings say (paper) for what rests on abstract, paragraph and captions.
+what              paper                  their code                     here (formulas: our reading)
+image tower       frozen                 learns                         frozen
+prompt            [v1 .. vm, CLASS]      m = 4, from "a photo of a"     =
+text and image    bi-dominant prompter   a graph network on the texts   two halves, the mean of both
+images' graph     Gaussian, width 0.3    none                           10 neighbours, width 0.3
+labels' graph     Pearson, weight 0.4    a file, top-k                  Pearson of confidences with
+                                                                        known labels; weight 0.03
+views             weak, medium, strong   0, 3 and 1 x RandAugment       0, 1 and 3 x, parts erased
+teacher           -                      the view of 3 of that of 1     easier view and fusion
+threshold         dynamic                tau a / (2 - a)                =, never under 1/2
+unknown label     -                      absent, at first               no loss unless it passes
+self-distilling   yes                    none                           --lambda-s 1; off
 """
 
+import argparse
+import json
+import logging
 import math
-from dataclasses import dataclass, replace
+import os
+import shutil
+import sys
+import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
+from scipy.sparse.csgraph import laplacian
 from sklearn.neighbors import kneighbors_graph
-from torch import Tensor, nn
-from torchvision.transforms import v2
+from sklearn.preprocessing import normalize
+from timm.layers import resample_abs_pos_embed
+from torch import distributed, nn
+from torch.utils.data import DataLoader, DistributedSampler
+from tqdm import tqdm
 
-import common
+# isort: off
+from common import ImageDataset, check_labels, class_text, describe, find_images, hide_entries
+from common import load_data, metrics_table, multilabel_metrics, need, normalise, pseudo_metrics
+from common import save_pictures, save_predictions
 
-REAL = dict(
-    known=0.1,
-    arch="RN101-quickgelu",
-    size=224,  # pixels
-    rank=32,  # of W
-    related=5,  # labels that the label graph joins to a label
-    tau=0.95,  # highest threshold of a class
-    epochs=20,
-    lr=2e-3,
-    head_lr=2e-2,
-    crops=(448, 384, 320),  # sides of the random crops, of an image of 512
-    medium=dict(ops=1, magnitude=9, erase=0.0),  # of RandAugment; chance that a part is erased
-    strong=dict(ops=3, magnitude=9, erase=0.5),
-    workers=4,
+RANK = int(os.environ.get("RANK", 0))  # number of this process among those that torchrun starts
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many these are
+progress = partial(tqdm, leave=False, disable=RANK > 0 or None)  # None: only in a terminal
+
+# flag: default (on the toy world, and elsewhere if it is another there), meaning
+RUN = dict(  # where and how a run is computed, which may change when it is resumed
+    root=("data", "folder that holds the data set"),
+    download=(False, "fetch coco, voc2007 or voc2012 into --root first"),
+    workers=(0, 4, "processes that decode images"),
+    device=("auto", "auto, cpu or cuda"),
+    compile=(False, "torch.compile the network"),
+    weights=("openai", "tag of open_clip, file, or none; hf-hub: and local-dir: have their own"),
+    out=("", "folder for log, checkpoint and pictures; otherwise a new one in runs/"),
+    resume=("", "checkpoint to continue or to use; auto: OUT/last.pt if it is there"),
+    eval=(False, "only evaluate the checkpoint of --resume"),
+    predict=([], "only predict these images and folders, by that checkpoint"),
 )
-TOY = REAL | dict(
-    arch="local-dir:tests/toy_clip",
-    size=128,
-    epochs=4,
-    crops=(448,),
-    medium=dict(ops=0, magnitude=0, erase=0.5),  # toy objects are known by colour and size
-    strong=dict(ops=0, magnitude=0, erase=1.0),
-    workers=0,
+METHOD = dict(  # what is computed
+    data=("toy", "toy, coco, voc2007, voc2012, vg200, nuswide, cub, or folder: your own"),
+    known=(0.1, 1.0, "proportion of the label entries that stay known"),
+    mask_seed=(0, "which entries these are"),
+    limit=(0, "use the first LIMIT images of each part; 0 for all"),
+    arch=("local-dir:tests/toy/clip", "RN101-quickgelu", "of open_clip, hf-hub:, local-dir:"),
+    size=(0, "side of the square input in pixels; 0 for that of the tower"),
+    epochs=(4, 20, "length of the schedule"),
+    batch_size=(64, "images a step, over all processes"),
+    lr=(2e-3, "learning rate of prompt and W"),
+    head_lr=(2e-2, "learning rate of beta, gamma and the biases"),
+    precision=("fp32", "of the network: fp32 or bf16"),
+    seed=(0, "of initial weights, order and augmentation"),
+    rank=(32, "of W; 0: no text-dominant half"),
+    beta=(1.0, "weight of the local features at the start; 0: no visual-dominant half"),
+    lambda_u=(0.3, "weight of the consistency losses; 0: known labels only"),
+    lambda_s=(0.0, "weight of the self-distillation"),
+    tau=(0.95, "highest threshold of a class"),
+    lambda_n=(0.1, "weight of the instance graph; paper 0.1"),
+    lambda_q=(0.03, "weight of the label graph; paper 0.4"),
+    sigma=(0.3, "width of the Gaussian between unit features; paper 0.3"),
+    neighbours=(10, "K, of an image in the instance graph"),
+    smallest_crop=(448, 320, "random crops of an image of 512 are 512, 448, ... or this"),
+    operations=(0, 3, "of RandAugment on a strong view; a third on a medium one"),
+    erase=(1.0, 0.5, "chance that a part of a strong view is erased; half of it on a medium one"),
 )
-OWN = REAL | dict(known=1.0)  # what is unknown in one's own labels, nobody knows
-RECIPES = dict(real=REAL, toy=TOY, folder=OWN)
-
 def parse_args(argv=None):
-    """The arguments, and the checkpoint of --resume or None."""
-    parser = common.arguments(__doc__, known="label ENTRIES", mask_seed=0, batch_size=64)
-    add = parser.add_argument_group("method").add_argument
-    add("--arch", help="a CLIP of open_clip, hf-hub:ORG/NAME or local-dir:FOLDER")
-    add("--weights", default="default", help="default (OpenAI's, the folder's), tag, none, or file")
-    add("--no-text-dominant", action="store_true", help="images do not change the text features")
-    add("--no-visual-dominant", action="store_true", help="texts do not change the image feature")
-    add("--no-augment", action="store_true", help="known labels only, one view")
-    add(
-        "--lambda-n",
-        type=common.WEIGHT,
-        default=0.1,
-        help="weight of the instance graph; paper 0.1",
-    )
-    add(
-        "--lambda-q",
-        type=common.WEIGHT,
-        default=0.03,
-        help="weight of the label graph; paper 0.4",
-    )
-    add(
-        "--sigma",
-        type=common.RATE,
-        default=0.3,
-        help="width of the Gaussian between unit features; paper 0.3",
-    )
-    add(
-        "--neighbours",
-        type=common.POSITIVE,
-        default=10,
-        help="K, of the instance graph",
-    )
-    add(
-        "--lambda-u",
-        type=common.WEIGHT,
-        default=0.3,
-        help="weight of the consistency losses",
-    )
-    add(
-        "--lambda-s",
-        type=common.WEIGHT,
-        default=0.0,
-        help="weight of the self-distillation",
-    )
-    add(
-        "--ramp",
-        type=common.NATURAL,
-        default=2,
-        help="epochs in which lambda-u and lambda-s grow from 0",
-    )
-    add("--head-lr", type=common.RATE, help="highest rate of beta, gamma and the biases")
-    return common.parse(parser, RECIPES, "scinet", argv)
+    """The settings, and the checkpoint of --resume or None. A setting that is not given is that of
+    the checkpoint, or else the default."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS)
+    special = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(nargs="+")}
+    for name, (default, *real, meaning) in (RUN | METHOD).items():
+        kind = special.get(type(default), dict(type=type(default)))
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, help=f"{meaning} {[default, *real]}", **kind)
+    given = vars(parser.parse_args(argv))
+    checkpoint = load_checkpoint(given.get("resume"), given.get("out"))
+    saved = checkpoint["args"] if checkpoint else {}
+    for name in METHOD.keys() & given.keys() & saved.keys():
+        same = saved[name] == given[name]
+        need(same, f"--resume: {name} was {saved[name]}; leave it so, or take another --out")
+    given = saved | given
+    column = 0 if given.get("data", "toy") == "toy" else -2
+    new = f"runs/{Path(__file__).stem}-{time.strftime('%m%d-%H%M%S')}"
+    defaults = {name: row[column] for name, row in (RUN | METHOD).items()} | dict(out=new)
+    args = argparse.Namespace(**defaults | given)
+    need(column or args.root == "data", "--root is for --data coco, folder, ...; add --data")
+    numbers = [value for value in vars(args).values() if isinstance(value, int | float)]
+    need(min(numbers) >= 0, "no setting may be negative")
+    counts = (args.epochs, args.batch_size // WORLD_SIZE, args.lr)
+    need(min(counts) > 0, "--epochs, --batch-size (a process) and --lr must be above 0")
+    need(0 < args.known <= 1, "--known is a proportion: above 0, at most 1")
+    need(args.precision in ("fp32", "bf16"), "--precision is fp32 or bf16")
+    need(not args.compile or shutil.which("g++"), "--compile needs the compiler g++; install it")
+    if args.eval or args.predict:
+        need(checkpoint, "--eval and --predict need --resume PATH")
+        need(WORLD_SIZE == 1, "--eval and --predict run in one process, without torchrun")
+    return args, checkpoint
+
+def load_checkpoint(resume, out):
+    """The checkpoint of --resume, or None."""
+    path = f"{out}/last.pt" if resume == "auto" else resume
+    if not resume or (resume == "auto" and not os.path.exists(path)):
+        return None
+    try:
+        checkpoint = torch.load(path, "cpu", weights_only=True)
+        assert checkpoint["args"].keys() == (RUN | METHOD).keys(), "it has other settings"
+        return checkpoint
+    except Exception as error:  # files of any content
+        need(False, f"--resume {path} is no last.pt of a run of this script ({str(error)[:99]})")
 
 # ------------------------------------------------------------------------------------------- model
+class LearnedPrompt(nn.Module):
+    """In the place of CLIP's token embedding: tokens (C, length) of "a photo of a {class}" ->
+    (C, length, width), where v1 .. v4, which are learned, stand for the first four words. Paper:
+    [v1 .. vm, CLASS]; m = 4 and the start are our reading."""
 
-class PromptEncoder(nn.Module):
-    """Text features of the learned prompt [v1 .. v4, CLASS] (paper; m = 4 and start our reading):
-    () -> (C, D), unit. The context starts as "a photo of a", shared by all classes. The text tower
-    is that of `clip`, a model of open_clip, and stays frozen. tokens (C, context length): of "a
-    photo of a {class}"."""
-
-    def __init__(self, clip, tokens):
+    def __init__(self, embedding, tokens):
         super().__init__()
-        end = tokens.argmax(1)  # the end-of-text token has the highest number
-        tokens = tokens[:, : end.max() + 1]  # the mask is causal: what follows has no effect
-        length = tokens.shape[1]
-        self.register_buffer("end", end, persistent=False)
-        self.transformer = clip.transformer.requires_grad_(False)
-        self.ln_final = clip.ln_final.requires_grad_(False)
-        self.register_buffer("position", clip.positional_embedding.detach()[:length])
-        self.register_buffer("projection", clip.text_projection.detach())
-        self.register_buffer("mask", clip.attn_mask[:length, :length])
-        embedded = clip.token_embedding(tokens).detach()  # (C, length, width)
-        self.register_buffer("embedded", embedded)
-        self.context = nn.Parameter(embedded[0, 1:5].clone())  # v1 .. v4
+        self.embedding = embedding
+        self.context = nn.Parameter(embedding(tokens)[0, 1:5].detach())  # (4, width)
 
-    def forward(self):
-        C = len(self.embedded)
-        context = self.context.expand(C, -1, -1)
-        x = torch.cat((self.embedded[:, :1], context, self.embedded[:, 5:]), dim=1)
-        x = self.transformer(x + self.position, attn_mask=self.mask)
-        x = self.ln_final(x)[torch.arange(C), self.end]  # (C, width)
-        return F.normalize(x @ self.projection, dim=-1)
-
-def text_dominant_scores(f, t, w):
-    """<f_i, t_ic> with t_ic = nrm(t_c + W f_i) (paper: the image feeds the text; our reading).
-    Unit f (B, D) and t (C, D), w = W f (B, D) -> (B, C); no (B, C, D) is formed."""
-    square = 1 + 2 * w @ t.T + w.square().sum(-1, keepdim=True)  # |t_c + W f_i|^2
-    product = f @ t.T + (f * w).sum(-1, keepdim=True)  # <f_i, t_c + W f_i>
-    return product / square.clamp(min=1e-6).sqrt()
-
-def visual_dominant_scores(f, t, z, beta, tau):
-    """<f_ic, t_c> with f_ic = nrm(f_i + beta sum_u softmax_u(<t_c, Z_iu> / tau) Z_iu) (paper: the
-    text feeds the image; our reading). Unit f (B, D), t (C, D), z (B, N, D) -> (B, C)."""
-    a = (t @ z.transpose(1, 2) / tau).softmax(dim=-1)  # (B, C, N)
-    f_class = F.normalize(f[:, None] + beta * (a @ z), dim=-1)  # (B, C, D)
-    return (f_class * t).sum(-1)
+    def forward(self, tokens):
+        x = self.embedding(tokens).clone()
+        x[:, 1:5] = self.context
+        return x
 
 class SCINet(nn.Module):
-    """images (B, 3, H, W) uint8 -> logits (B, C), image features f (B, D). visual: CLIP's image
-    tower, read by `common.clip_features`; scale: CLIP's; rank: of W. Where W or beta is 0 and
-    fixed, its half is CLIP's cosine."""
+    """images (B, 3, H, W) uint8, and unit text features (C, D) in the place of the prompt's, which
+    need not be made for every batch -> logits (B, C), unit image features f (B, D).
 
-    def __init__(self, visual, prompt, scale, rank=32, tau=0.1):
+    clip: a model of open_clip, frozen. tokens (C, context length): "a photo of a {class}". rank: of
+    W. beta: where it starts; 0 is fixed. The formulas are our reading.
+    """
+
+    def __init__(self, clip, tokens, rank, beta):
         super().__init__()
-        C = len(prompt.embedded)
-        D = prompt.projection.shape[1]
-        self.visual = visual.requires_grad_(False)
-        self.prompt = prompt
-        self.tau = tau
+        self.bf16 = False  # whether the towers run in bfloat16
+        length = tokens.argmax(1).max() + 1  # where the longest text ends; what follows is empty
+        clip.positional_embedding.data = clip.positional_embedding[:length]
+        clip.attn_mask = clip.attn_mask[:length, :length]
+        self.clip = clip.requires_grad_(False)
+        self.clip.token_embedding = LearnedPrompt(clip.token_embedding, tokens)
+        self.register_buffer("tokens", tokens[:, :length])
+        D = clip.text_projection.shape[1]
         self.down = nn.Linear(D, rank, bias=False)
         self.up = nn.Linear(rank, D, bias=False)
         nn.init.zeros_(self.up.weight)  # W = up down starts at 0: CLIP's own ranking
-        self.beta = nn.Parameter(torch.ones(()))
-        self.bias = nn.Parameter(torch.zeros(C))
-        self.gamma = nn.Parameter(scale.clone())
+        self.beta = nn.Parameter(torch.tensor(beta), requires_grad=beta > 0)
+        self.gamma = nn.Parameter(clip.logit_scale.exp())
+        self.bias = nn.Parameter(torch.zeros(len(tokens)))
 
-    def train(self, mode=True):
-        super().train(mode)
-        self.visual.eval()
-        self.prompt.eval()
-        return self
+    def text(self):
+        with torch.autocast(self.bias.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.clip.encode_text(self.tokens, normalize=True).float()  # (C, D)
 
     def forward(self, images, text=None):
-        """text (C, D): in the place of the prompt's, which need not be made for every batch."""
-        with torch.no_grad():
-            f, z = common.clip_features(self.visual, images)  # (B, D), (B, N, D)
-        with torch.autocast(f.device.type, enabled=False):  # only the tower runs in bf16
-            t = self.prompt() if text is None else text  # (C, D)
-            text_dominant = text_dominant_scores(f, t, self.up(self.down(f)))
-            visual_dominant = visual_dominant_scores(f, t, z, self.beta, self.tau)
-            # our reading: p_ic = sigma(gamma / 2 [<f_i, t_ic> + <f_ic, t_c>] + bias)
-            return self.gamma / 2 * (text_dominant + visual_dominant) + self.bias, f
+        t = self.text() if text is None else text  # (C, D)
+        with torch.no_grad(), torch.autocast(t.device.type, torch.bfloat16, enabled=self.bf16):
+            f, z = clip_features(self.clip.visual, images)  # (B, D), (B, N, D)
+        # text-dominant: t_ic = nrm(t_c + W f_i)
+        shift = self.up(self.down(f))  # (B, D)
+        t_image = F.normalize(t + shift[:, None], dim=-1)  # (B, C, D)
+        # visual-dominant: f_ic = nrm(f_i + beta sum_u softmax_u(<t_c, Z_iu> / 0.1) Z_iu)
+        a = (t @ z.transpose(1, 2) / 0.1).softmax(dim=-1)  # (B, C, N)
+        f_class = F.normalize(f[:, None] + self.beta * (a @ z), dim=-1)  # (B, C, D)
+        # p_ic = sigmoid(gamma / 2 (<f_i, t_ic> + <f_ic, t_c>) + bias_c)
+        text_dominant = (f[:, None] * t_image).sum(-1)  # (B, C)
+        visual_dominant = (f_class * t).sum(-1)  # (B, C)
+        return self.gamma / 2 * (text_dominant + visual_dominant) + self.bias, f
 
-# ------------------------------------------------------------------------------------------ losses
+def load_clip(arch, weights, size):
+    """open_clip's CLIP, its tokenizer, and its size in pixels, which is `size` or, if that is 0,
+    its own. arch: a name of open_clip, hf-hub:NAME, or local-dir:FOLDER, looked for here and beside
+    this file. weights: a tag of open_clip, a file, or "none"; of hf-hub and local-dir their own."""
+    kind, colon, folder = arch.partition(":")
+    if kind == "local-dir" and not os.path.exists(folder):
+        arch = f"local-dir:{Path(__file__).parent / folder}"
+    load = weights != "none"
+    tag = weights if load and not colon else ""
+    try:
+        spec = open_clip.get_model_config(arch)
+        assert spec, "open_clip does not know it"
+        plain = "custom_text" not in spec and "hf_model_name" not in spec["text_cfg"]
+        assert plain, "its text tower is not as CLIP's and takes no prompts"
+        quick = open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu", False)
+        made = dict(load_weights=load, require_pretrained=load, force_quick_gelu=quick)
+        clip = open_clip.create_model(arch, tag, **made)
+        size = size or spec["vision_cfg"].get("image_size", 224)
+        visual = clip.eval().visual
+        stride = getattr(visual, "patch_size", [32])[0]  # of a ViT, or of CLIP's ResNets
+        table = getattr(getattr(visual, "attnpool", visual), "positional_embedding", None)
+        if table is not None:  # open_clip does not resize that of an attention pool
+            assert size % stride == 0, f"--size must be a multiple of {stride}"
+            table.data = resample_abs_pos_embed(table.data[None], [size // stride] * 2)[0]
+        f, u = clip_features(visual, torch.zeros(1, 3, size, size))
+        assert f.ndim == 2 and (u.shape[1] ** 0.5).is_integer(), "its features are no square map"
+        return clip, open_clip.get_tokenizer(arch), size
+    except Exception as error:  # no network, files of any content, other towers
+        need(False, f"--arch {arch} --weights {weights} --size {size} cannot be used: {error}")
 
+def clip_features(visual, images):
+    """CLIP's image feature f (B, D) and local features u (B, N, D), unit, N by rows, of an image
+    tower of open_clip. u_i is what the end of the tower makes of position i alone: a ResNet's
+    attention pool, a ViT's last block (the value path of MaskCLIP, ECCV 2022), the head of a
+    convolutional tower of timm."""
+    x = normalise(images, visual.preprocess_cfg["mean"], visual.preprocess_cfg["std"])
+    pool = getattr(visual, "attnpool", None)
+    if hasattr(visual, "trunk"):
+        x = visual.trunk.forward_features(x)  # (B, D_in, h, w)
+        f = visual.head(visual.trunk.forward_head(x))
+        maps = x.flatten(2).transpose(1, 2).flatten(0, 1)[:, :, None, None]  # (B * N, D_in, 1, 1)
+        u = visual.head(visual.trunk.forward_head(maps)).unflatten(0, (len(x), -1))
+    else:
+        out = visual.forward_intermediates(x, indices=1 if pool else 2)
+        f = out["image_features"]
+        x = out["image_intermediates"][0].flatten(2).transpose(1, 2)  # (B, N, D_in)
+        if pool:
+            u = pool.c_proj(pool.v_proj(x + pool.positional_embedding[1:]))
+        else:  # x enters the last block, in which a position by itself can only read itself
+            x = visual.transformer.resblocks[-1](x.flatten(0, 1)[:, None]).view_as(x)
+            u = visual.ln_post(x) @ visual.proj
+    return F.normalize(f.float(), dim=-1), F.normalize(u.float(), dim=-1)
+
+def prompt_tokens(tokenize, sentence, classes):
+    """Tokens (C, context length) of the sentence with each class in the place of {}."""
+    texts = [sentence.format(class_text(name)) for name in classes]
+    tokens = tokenize(texts)
+    need(not texts[0].endswith(" 0"), "CLIP needs names of the classes, in classes.txt")
+    distinct = len(tokens.unique(dim=0)) == len(classes)
+    need(distinct, f"CLIP reads one text in two of the names {classes}")
+    return tokens
+
+def build(args, classes, y, checkpoint):
+    """The network of a run: a new one, or that of a checkpoint."""
+    weights = "none" if checkpoint else args.weights
+    clip, tokenize, args.size = load_clip(args.arch, weights, args.size)
+    tokens = prompt_tokens(tokenize, "a photo of a {}", classes)
+    net = SCINet(clip, tokens, args.rank, args.beta)
+    net.bf16 = args.precision == "bf16"
+    if checkpoint:
+        net.load_state_dict(checkpoint["model"])
+    return net
+
+# ----------------------------------------------------------------------- losses and pseudo-labels
 def weighted_bce(logits, target, weight):
     """Binary cross-entropy of logits (B, C) for targets in [0, 1], times weight, as a mean over the
     entries whose weight is above 0: small weights make a small loss. 0 without any."""
     loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     return (loss * weight).sum() / (weight > 0).sum().clamp(min=1)
 
-def consistency_loss(student, teacher, confidence, y, threshold, weight):
-    """L_a or L_b (paper; our reading): the mean of the teacher's probabilities (B, C), of an easier
-    view, and the fused confidence (B, C) teaches the logits of the student (B, C), where it passes
-    the thresholds (C,) of the classes, and where y (B, C) knows, that. weight (B, C)."""
-    target = torch.where(y == 0, (confidence + teacher) / 2, (y == 1).to(teacher.dtype))
-    passed = targets(target, y, threshold) != 0
+def consistency_loss(student, teacher, fused, y, thresholds, weight):
+    """L_a or L_b (paper; our reading): logits of the student (B, C) learn y (B, C) where it knows,
+    and elsewhere, if it passes the thresholds (C,), the belief of the teacher's probabilities
+    (B, C), of an easier view, and the fused confidence (B, C). weight (B, C)."""
+    q = (fused + teacher) / 2
+    target = torch.where(y == 0, q, (y == 1).float())
+    passed = (target >= thresholds) | (1 - target > thresholds)
     return weighted_bce(student, target, weight * passed)
 
 def difficulty_weight(p, q, y):
-    """1 - d_i / ln 2 on unknown entries, 1 on known ones: (B, C).
-
-    d_i in [0, ln 2]: mean over classes of the Jensen-Shannon divergence between the probabilities
-    p and q (B, C) of two views. Paper: confidence and difficulty work together; our reading.
-    """
-
-    def entropy(r):
-        return -torch.xlogy(r, r) - torch.xlogy(1 - r, 1 - r)
-
+    """1 - d_i / ln 2 on unknown entries, 1 on known ones: (B, C). d_i in [0, ln 2]: mean over the
+    classes of the Jensen-Shannon divergence between the probabilities p and q (B, C) of two views.
+    Paper: confidence and difficulty work together; our reading."""
+    entropy = partial(F.binary_cross_entropy, reduction="none")  # H(r) is that of r and r
+    m = (p + q) / 2
     # JS(p, q) = H((p + q) / 2) - (H(p) + H(q)) / 2
-    mixed = entropy((p + q) / 2)  # (B, C)
-    single = (entropy(p) + entropy(q)) / 2
-    d = (mixed - single).mean(1, keepdim=True)  # (B, 1)
+    js = entropy(m, m) - (entropy(p, p) + entropy(q, q)) / 2  # (B, C)
+    d = js.mean(1, keepdim=True)  # (B, 1)
     return torch.where(y == 0, 1 - d / math.log(2), 1.0)
 
-# ----------------------------------------------------------------------------------- pseudo-labels
-
-@torch.no_grad()
 def instance_graph(f, neighbours, sigma):
-    """A_n = D^-1/2 W D^-1/2, W_ij = exp(-|f_i - f_j|^2 / 2 sigma^2), a sparse (n, n). Paper: a
-    Gaussian of local neighbours; the formulas are our reading.
-
-    f (n, D), unit. W keeps K nearest neighbours and is made symmetric. ValueError unless K < n.
-    """
-    if neighbours >= len(f):
-        raise ValueError(f"{neighbours} neighbours must be below {len(f)}, the images")
-    w = kneighbors_graph(f.numpy(), neighbours, mode="distance", n_jobs=-1)
+    """I - A_n, A_n = D^-1/2 W D^-1/2, W_ij = exp(-|f_i - f_j|^2 / 2 sigma^2), a sparse (n, n), of
+    unit features f (n, D). W keeps the nearest neighbours and is made symmetric. Paper: a Gaussian
+    of local neighbours; the formulas are our reading."""
+    w = kneighbors_graph(f, min(neighbours, len(f) - 1), mode="distance")
     w.data = np.exp(-(w.data**2) / (2 * sigma**2))
-    w = (w + w.T) / 2
-    degree = np.maximum(np.asarray(w.sum(1)), 1e-30).reshape(-1, 1)
-    scale = degree**-0.5
-    w = w.multiply(scale).multiply(scale.T).tocsr()
-    return torch.sparse_csr_tensor(w.indptr, w.indices, w.data.astype("f"), w.shape)
+    return laplacian((w + w.T) / 2, normed=True)
 
-@torch.no_grad()
-def label_graph(p, related):
-    """A_q (C, C): the positive correlations R of confidences p (n, C), D^-1/2 R D^-1/2.
+def label_graph(p):
+    """I - A_q, A_q = D^-1/2 R D^-1/2, a (C, C), of the positive correlations R of confidences p
+    (n, C). Paper: Pearson's coefficients. Our reading: 0 for a label that does not vary, and of a
+    label with itself."""
+    x = normalize(p - p.mean(0), axis=0)  # of unit length, so that products are correlations
+    r = (x.T @ x).clip(min=0)
+    np.fill_diagonal(r, 0)
+    return laplacian(r, normed=True)
 
-    Paper: Pearson's coefficients. Our reading: 0 for a label that does not vary; of each label the
-    `related` largest, symmetric, and nothing with itself.
-    """
-    r = torch.corrcoef(p.T.double()).view(p.shape[1], -1).nan_to_num(0)
-    r = r.clamp(min=0).fill_diagonal_(0)
-    smallest = r.topk(min(related, len(r)), dim=1).values[:, -1:]  # that is kept, (C, 1)
-    r = r * (r >= smallest)
-    r = (r + r.T) / 2
-    scale = r.sum(1).clamp(min=1e-30).rsqrt()
-    return (scale[:, None] * r * scale).float()
-
-@torch.no_grad()
-def fuse(s, y, a_n, a_q, lambda_n, lambda_q, steps=None):
+def fuse(s, y, l_n, l_q, lambda_n, lambda_q, steps=12):
     """The unified confidence matrix P (n, C) in [0, 1] (paper); its objective is our reading.
 
-    P = argmin 1/2 |P - S|^2 + lambda_n/2 tr(P'(I - A_n)P) + lambda_q/2 tr(P(I - A_q)P'), known
-    entries fixed, of scores s (n, C) in [0, 1], y (n, C), A_n sparse (n, n), A_q (C, C). A step
-    leaves r of the error or less; without `steps`, as many as bring r^steps under 1e-5.
+    P = argmin 1/2 |P - S|^2 + lambda_n/2 tr(P'L_n P) + lambda_q/2 tr(P L_q P'), known entries
+    fixed, of scores s (n, C) in [0, 1], y (n, C), L_n = I - A_n sparse (n, n), L_q = I - A_q
+    (C, C). A step leaves at most (lambda_n + lambda_q) / (1 + lambda_n + lambda_q) of the error.
     """
-    total = 1 + lambda_n + lambda_q
-    if steps is None:
-        r = (lambda_n + lambda_q) / total
-        steps = math.ceil(math.log(1e-5) / math.log(r)) if r else 1
-    present = (y == 1).to(s.dtype)
-    p = torch.where(y == 0, s, present)
+    p = np.where(y == 0, s, y == 1)
     for _ in range(steps):
         # P <- clip((S + lambda_n A_n P + lambda_q P A_q) / (1 + lambda_n + lambda_q))
-        p = (s + lambda_n * (a_n @ p) + lambda_q * (p @ a_q)) / total
-        p = torch.where(y == 0, p.clamp(0, 1), present)
+        p = s + lambda_n * (p - l_n @ p) + lambda_q * (p - p @ l_q)
+        p = np.where(y == 0, p / (1 + lambda_n + lambda_q), y == 1).clip(0, 1)
     return p
 
-def class_thresholds(count, tau):
-    """T_c = tau a_c / (2 - a_c), never under 1/2 (FlexMatch, NeurIPS 2021; our reading): (C,).
-    count (C,): unknown entries of c whose confidence reached tau; a_c its share of the largest."""
-    a = count / count.max().clamp(min=1)
-    return (tau * a / (2 - a)).clamp(min=0.5)
+def class_thresholds(q, y, tau):
+    """T_c = tau a_c / (2 - a_c), never under 1/2 (FlexMatch, NeurIPS 2021; our reading): (C,). a_c:
+    in how many unknown entries of y (n, C) the belief q (n, C) reaches tau, for class c, as a part
+    of the largest such number."""
+    count = ((q >= tau) & (y == 0)).sum(0)
+    a = count / max(1, count.max())
+    return (tau * a / (2 - a)).clip(min=0.5)
 
-def targets(q, y, threshold):
-    """y (B, C) with unknown entries 1 where q >= T_c, -1 where 1 - q > T_c: in {1, 0, -1}."""
-    guess = torch.where(q >= threshold, 1, -(1 - q > threshold).to(y.dtype))
-    return torch.where(y == 0, guess.to(y.dtype), y)
+def complete(s, y, l_n, args):
+    """Fused confidence (n, C), belief (n, C) and thresholds (C,) of the training images, of scores
+    s and known labels y (n, C), and I - A_n (n, n)."""
+    l_q = label_graph(np.where(y == 0, s, y == 1))
+    fused = fuse(s, y, l_n, l_q, args.lambda_n, args.lambda_q).astype("float32")
+    q = (fused + s) / 2
+    return fused, q, class_thresholds(q, y, args.tau)
 
-@dataclass
-class Memory:
-    """What is known of the n training images: s (n, C), the mean of `seen` (n, 1) scores, and what
-    `update_memory` makes of it for an epoch: the fused confidence p (n, C), the label graph of the
-    self-distillation `sharp` (C, C), and the thresholds (C,) of the classes."""
-
-    s: Tensor
-    seen: Tensor
-    p: Tensor | None = None
-    sharp: Tensor | None = None
-    thresholds: Tensor | None = None
-
-def update_memory(memory, y, a_n, related, lambda_n, lambda_q, tau):
-    """A memory with what an epoch needs, from its scores s and the known labels of y (n, C)."""
-    a_q = label_graph(torch.where(y == 0, memory.s, (y == 1).float()), related)
-    p = fuse(memory.s, y, a_n, a_q, lambda_n, lambda_q)
-    sharp = torch.eye(len(a_q)) + a_q.square()
-    sharp = sharp / sharp.sum(0)
-    passed = ((p + memory.s) / 2 >= tau) & (y == 0)
-    return replace(memory, p=p, sharp=sharp, thresholds=class_thresholds(passed.sum(0), tau))
-
-# ---------------------------------------------------------------------------------------- training
-
-def train_one_epoch(model, loader, optimizer, scheduler, memory, epoch, args):
-    """One pass over weak, medium and strong views. Returns log entries, and a memory whose s takes
-    up the scores of the weak views."""
+# ------------------------------------------------------------------------- training and evaluation
+def train_one_epoch(model, net, loader, optimizer, known, args):
+    """One pass over weak, medium and strong views. known: labels y (n, C), fused confidence (n, C)
+    and thresholds (C,). Returns an entry of the log, and the scores (n, C) of the weak views."""
+    start = time.time()
     model.train()
-    net = getattr(model, "module", model)  # without DistributedDataParallel
+    net.clip.eval()
     device = net.bias.device
-    confidence = memory.p.to(device)
-    sharp = memory.sharp.to(device)
-    thresholds = memory.thresholds.to(device)
-    ramp = min(1.0, (epoch - 1) / args.ramp) if args.ramp else 1.0
-    totals = dict(scores=torch.zeros_like(confidence), seen=torch.zeros_like(confidence[:, :1]))
-    for *views, y, index in common.progress(loader, f"epoch {epoch}"):
-        y = y.to(device, non_blocking=True)
-        index = index.to(device, non_blocking=True)
-        images = torch.cat(views).to(device, non_blocking=True)
-        with common.autocast(device, args.precision):
-            logits = model(images)[0].chunk(len(views))  # (B, C) of each view
-        weak = torch.sigmoid(logits[0].detach())
-        totals["scores"][index] += weak
-        totals["seen"][index] += 1
+    labels, confidence, thresholds = (torch.tensor(x).to(device) for x in known)
+    losses = torch.zeros(5, device=device)  # read at the end: no step waits for the device
+    scores = torch.zeros(labels.shape, device=device)
+    for batch in progress(loader):
+        *views, index = (x.to(device, non_blocking=True) for x in batch)
+        y = labels[index]  # (B, C)
+        fused = confidence[index]  # (B, C)
+        logits = model(torch.cat(views))[0].unflatten(0, (3, -1))  # (3, B, C)
+        p = torch.sigmoid(logits.detach())
+        scores[index] = p[0]
+        weight = difficulty_weight(p[0], p[2], y)  # (B, C)
         loss_known = weighted_bce(logits[0], (y == 1).float(), (y != 0).float())
-        loss = loss_known
-        losses = dict(loss_known=loss_known)
-        if not args.no_augment:
-            medium = torch.sigmoid(logits[1].detach())
-            strong = torch.sigmoid(logits[2].detach())
-            p = confidence[index]  # (B, C)
-            weight = difficulty_weight(weak, strong, y)
-            # the easier view is the teacher: weak of medium in L_a, medium of strong in L_b
-            loss_medium = consistency_loss(logits[1], weak, p, y, thresholds, weight)
-            loss_strong = consistency_loss(logits[2], medium, p, y, thresholds, weight)
-            # self-distillation: the weak view, its labels seen through the sharp label graph
-            loss_self = weighted_bce(logits[0], weak @ sharp, weight * (y == 0))
-            # our reading: L = L_known + lambda_u (L_a + L_b) + lambda_s L_self
-            loss_unknown = args.lambda_u * (loss_medium + loss_strong) + args.lambda_s * loss_self
-            loss = loss + ramp * loss_unknown
-            losses |= dict(loss_medium=loss_medium, loss_strong=loss_strong, loss_self=loss_self)
+        # the easier view is the teacher: weak of medium in L_a, medium of strong in L_b
+        loss_medium = consistency_loss(logits[1], p[0], fused, y, thresholds, weight)
+        loss_strong = consistency_loss(logits[2], p[1], fused, y, thresholds, weight)
+        # self-distillation: the mean of the views teaches the weak one
+        loss_self = weighted_bce(logits[0], p.mean(0), weight * (y == 0))
+        # L = L_known + lambda_u (L_a + L_b) + lambda_s L_self, our reading
+        loss = loss_known + args.lambda_u * (loss_medium + loss_strong)
+        loss = loss + args.lambda_s * loss_self
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        scheduler.step()
-        common.add_up(totals, loss=loss, **losses)
-    totals = common.over_processes(totals, net)
-    seen = memory.seen + totals["seen"].cpu()
-    s = (memory.s * memory.seen + totals["scores"].cpu()) / seen
-    return common.epoch_entry(totals, len(loader)), Memory(s, seen)
+        losses += torch.stack((loss, loss_known, loss_medium, loss_strong, loss_self)).detach()
+    if WORLD_SIZE > 1:
+        distributed.all_reduce(losses)
+        distributed.all_reduce(scores, distributed.ReduceOp.MAX)  # an image may come in two
+    means = (losses / len(loader) / WORLD_SIZE).tolist()
+    names = "loss loss_known loss_medium loss_strong loss_self".split()
+    entry = dict(zip(names, means, strict=True))
+    entry["seconds"] = time.time() - start  # of training alone
+    entry["images_per_second"] = len(loader) * args.batch_size / entry["seconds"]
+    entry["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+    return entry, scores.cpu().numpy()
 
-def evaluate(net, task, precision):
-    """Metrics and logits (images, C) of the test images, rows as in the data set."""
+@torch.no_grad()
+def evaluate(net, images, args):
+    """Logits (images, C) and unit image features (images, D), float32, on the CPU."""
     net.eval()
-    text = net.prompt().detach()
-    score = lambda images: net(images, text)[:1]  # noqa: E731
-    logits = common.outputs(score, task.test_loader, net.bias.device, precision)[0]
-    return common.multilabel_metrics(logits.numpy(), task.test_y), logits
+    device = net.bias.device
+    text = net.text()
+    sizes = text.shape  # C, D
+    found = torch.zeros(len(images), sum(sizes), device=device)
+    data = ImageDataset(images, args.size)
+    for batch in progress(make_loader(data, args, range(RANK, len(data), WORLD_SIZE))):
+        views, index = (x.to(device, non_blocking=True) for x in batch)
+        found[index] = torch.cat(net(views, text), dim=1)
+    if WORLD_SIZE > 1:  # each process has filled its own rows
+        distributed.all_reduce(found)
+    return found.cpu().split(sizes, dim=1)
 
-def diagnostics(memory, y, truth):
-    """Log entry of how many guesses pass the thresholds, and how many of these are right."""
-    guess = targets((memory.p + memory.s) / 2, y, memory.thresholds)
-    return common.epoch_entry(dict(pseudo=common.pseudo_counts(guess, y, truth)), 1)
+def make_loader(data, args, sampler, **options):
+    """Batches of this process. Its workers start anew with each epoch, as of a resumed run."""
+    size = min(args.batch_size // WORLD_SIZE, len(sampler))
+    options |= dict(num_workers=args.workers, pin_memory=torch.cuda.is_available())
+    return DataLoader(data, size, sampler=sampler, **options)
 
-# -------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------- main
+def start_device(name):
+    """The device of --device; "auto" is CUDA if that can be used. Joins torchrun's processes."""
+    if RANK > 0:  # one process prints and warns
+        sys.stdout = open(os.devnull, "w")
+        logging.disable()
+    if torch.cuda.is_available():
+        name = name.replace("auto", "cuda")
+        torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.benchmark = True  # all batches are of one size
+    try:
+        device = torch.zeros(1, device=name.replace("auto", "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        need(False, f"--device {name} cannot be used: {error}")
+    if WORLD_SIZE > 1:
+        distributed.init_process_group()  # nccl, on CPU gloo
+    print("device:", device)
+    return device
 
-def build(args, classes):
-    """The network of a run."""
-    clip, tokenize = common.load_clip(args.arch, args.weights, args.size)
-    prompt = PromptEncoder(clip, common.prompt_tokens(tokenize, "a photo of a {}", classes))
-    net = SCINet(clip.visual, prompt, clip.logit_scale.detach().exp(), args.rank)
-    net.down.requires_grad_(not args.no_text_dominant)
-    net.up.requires_grad_(not args.no_text_dominant)
-    if args.no_visual_dominant:
-        net.beta.requires_grad_(False).zero_()
-    return net
-
-def harder(view, ops, magnitude, erase):
-    """The view with RandAugment before it and, by a chance of `erase`, a part of it erased."""
-    return v2.Compose([v2.RandAugment(ops, magnitude), view, v2.RandomErasing(erase, (0.02, 0.1))])
-
-def start_memory(net, logits, y):
-    """Set the biases, and return a memory of the scores with which CLIP begins: logits (n, C)."""
-    # CLIP's cosines are all positive: the mean of a class's logits becomes that of its prior
-    prior = ((y == 1).sum(0) + 0.5) / ((y != 0).sum(0) + 1)
-    bias = prior.logit() - logits.mean(0)
-    net.bias.data.copy_(bias)
-    return Memory(torch.sigmoid(logits + bias), torch.ones(len(y), 1))
-
-def make_optimizer(net, args, steps):
-    """AdamW on two groups, matrices and the rest, and a rate that falls as a cosine."""
-    learned = [p for p in net.parameters() if p.requires_grad]
-    matrices = [p for p in learned if p.dim() > 1]
-    rest = [p for p in learned if p.dim() <= 1]
-    groups = [dict(params=matrices), dict(params=rest, lr=args.head_lr, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-
-def main():
-    args, state = parse_args()
-    device = common.pick_device(args.device)
-    torch.manual_seed(args.seed)
+def use(args, checkpoint):
+    """--eval and --predict: the network of a checkpoint on other images."""
+    device = start_device(args.device)
+    classes = checkpoint["classes"]
+    net = build(args, classes, None, checkpoint).to(device)
     if args.predict:
-        net = build(args, state["classes"]).to(device)
-        return common.predict(lambda images: net(images)[0], net, args, state)
+        os.makedirs(args.out, exist_ok=True)
+        images = find_images(args.predict)
+        return save_predictions(args.out, images, evaluate(net, images, args)[0], classes)
+    found, images, y = load_data(args.data, args.root, "test", args.limit)
+    need(found == classes, "--resume: the run has other classes")
+    metrics = multilabel_metrics(evaluate(net, images, args)[0], y, classes)
+    print(metrics_table([metrics]), describe(metrics["AP"], classes), sep="\n")
+
+def main(args, checkpoint):
+    # processes and device
+    device = start_device(args.device)
+    torch.manual_seed(args.seed)
+
     # data
-    task = common.load_task(args, state, "scinet", common.hide_entries)
-    y = torch.tensor(task.y)
-    truth = torch.tensor(task.truth)
-    views = [common.make_transform(args.size, args.crops)]
-    if not args.no_augment:
-        views += [harder(views[0], **args.medium), harder(views[0], **args.strong)]
-    loader = common.make_loader(common.ImageDataset(task.images, y, *views), args, train=True)
-    plain_data = common.ImageDataset(task.images, y, common.make_transform(args.size))
-    # network
-    net = build(args, task.classes).to(device, memory_format=torch.channels_last)
-    if state:
-        common.load_weights(net, state["model"])
-    if args.eval:
-        return common.report(args, task, evaluate(net, task, args.precision)[1])
-    logits, f = common.outputs(net, common.make_loader(plain_data, args), device, args.precision)
-    with common.naming("--neighbours cannot be used"):
-        a_n = instance_graph(f, args.neighbours, args.sigma)
-    memory = Memory(**state["memory"]) if state else start_memory(net, logits, y)
+    load = partial(load_data, args.data, args.root, limit=args.limit)
+    classes, *test = load("test", fetch=args.download)  # images and labels
+    _, images, truth = load("train")
+    y = hide_entries(truth, args.known, args.mask_seed)
+    labels = dict(classes=classes, mask=check_labels(classes, y, test[1]))
+
+    # network, and what CLIP says of the training images
+    net = build(args, classes, y, checkpoint).to(device, memory_format=torch.channels_last)
+    logits, f = evaluate(net, images, args)
+    l_n = instance_graph(f.numpy(), args.neighbours, args.sigma)
+    if not checkpoint:  # CLIP's cosines are all positive: mean logits become those of the prior
+        positives = (y == 1).sum(0)
+        prior = (positives + 0.5) / ((y != 0).sum(0) + 1)  # (C,)
+        bias = torch.tensor(prior).logit() - logits.mean(0)
+        net.bias.data.copy_(bias)
+        logits += bias
+    s = torch.sigmoid(logits).numpy()
+    fit(net, (images, y, truth), test, s, l_n, labels, args, checkpoint)
+
+def fit(net, train, test, s, l_n, labels, args, checkpoint):
+    """Train net on train (images, known labels, truth), and evaluate it on test (images, labels).
+    s, l_n: scores (n, C) and I - A_n (n, n) of the training images. labels: classes and mask hash,
+    which a resumed run must share with its checkpoint."""
+    images, y, truth = train
+    medium = (args.operations // 3, args.erase / 2)
+    strong = (args.operations, args.erase)
+    data = ImageDataset(images, args.size, args.smallest_crop, [(), medium, strong])
+    sampler = DistributedSampler(data, WORLD_SIZE, RANK)
+    loader = make_loader(data, args, sampler)
+
     # optimizer
-    optimizer, scheduler = make_optimizer(net, args, args.epochs * len(loader))
+    matrices = [net.clip.token_embedding.context, net.down.weight, net.up.weight]
+    scalars = dict(params=[net.beta, net.gamma, net.bias], lr=args.head_lr)
+    optimizer = torch.optim.AdamW([dict(params=matrices), scalars], args.lr)
+
+    # resume
+    run = dict(labels, command=sys.argv, args=vars(args), device=str(net.bias.device))
+    log = [dict(run=run | dict(torch=torch.version.__version__))]
+    if checkpoint:
+        need(labels.items() <= checkpoint.items(), "--resume: the run has other classes or labels")
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        s = checkpoint["scores"].numpy()
+        log = checkpoint["log"]
+    if RANK == 0:
+        os.makedirs(args.out, exist_ok=bool(args.resume))
+
+    # several processes, and compile
+    model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net
+    if args.compile:
+        model.compile()
+
     # loop
-    run = common.Run(args, task.about, state, model=net, optimizer=optimizer, scheduler=scheduler)
-    metrics, logits = evaluate(net, task, args.precision)
-    if not state:
-        run.add(dict(epoch=0, mAP=metrics["mAP"]))  # zero-shot
-    model = common.parallel(net, args.compile)
-    fusion = (args.related, args.lambda_n, args.lambda_q, args.tau)
-    for epoch in range(run.start, args.epochs + 1):
-        run.begin(epoch, loader)
-        memory = update_memory(memory, y, a_n, *fusion)
-        guesses = diagnostics(memory, y, truth)
-        entry, memory = train_one_epoch(model, loader, optimizer, scheduler, memory, epoch, args)
-        metrics, logits = evaluate(net, task, args.precision)
-        run.end(entry | guesses | metrics, memory=vars(memory))
-    run.finish(task, logits)
+    for epoch in range(len(log), args.epochs + 1):  # the first entry of the log is the run
+        torch.manual_seed(1000 * args.seed + epoch)  # a resumed run repeats its epoch
+        sampler.set_epoch(epoch)
+        fused, q, thresholds = complete(s, y, l_n, args)
+        known = (y, fused, thresholds)
+        losses, scores = train_one_epoch(model, net, loader, optimizer, known, args)
+        s = (s * epoch + scores) / (epoch + 1)  # a mean over the epochs
+        logits = evaluate(net, test[0], args)[0]
+        entry = dict(epoch=epoch, lr=args.lr, **losses)
+        entry |= multilabel_metrics(logits, test[1], labels["classes"])
+        entry |= pseudo_metrics(np.where(q >= thresholds, 1, y), y, truth)
+        log.append(entry)
+        print(describe(entry), flush=True)
+        if RANK == 0:
+            state = dict(
+                labels,
+                log=log,
+                model=net.state_dict(),
+                scores=torch.tensor(s),
+                optimizer=optimizer.state_dict(),
+            )
+            save(args, state)
+            save_pictures(args.out, *test, logits, labels["classes"])
+
+    # table
+    print(metrics_table(log[1:]))
+
+def save(args, state):
+    """Write the log and the checkpoint, this under another name first: last.pt is always whole."""
+    log = "\n".join(map(json.dumps, state["log"]))
+    Path(args.out, "log.jsonl").write_text(f"{log}\n")
+    torch.save(state | dict(args=vars(args)), f"{args.out}/last.tmp")
+    os.replace(f"{args.out}/last.tmp", f"{args.out}/last.pt")
 
 if __name__ == "__main__":
-    common.run_script(main)
+    args, checkpoint = parse_args()
+    try:
+        (use if args.eval or args.predict else main)(args, checkpoint)
+    except (OSError, KeyboardInterrupt) as error:  # of a loader's worker the last line says it
+        reason = str(error).split("\n")[-1] or "stopped"
+        need(False, f"{reason}; --out {args.out} --resume auto goes on")

@@ -2,151 +2,157 @@
 """Structured Semantic Transfer (SST): multi-label recognition when single labels are missing.
 
 Chen, Pu, Wu, Xie, Lin: Structured Semantic Transfer for Multi-Label Recognition with Partial
-Labels, AAAI 2022. Each class attends to its own place in the image and gets its own feature. Two
-modules guess unknown labels, on which the classifier trains too. Intra-image transfer (IST) reads
-them off a learned co-occurrence with the known positives of the image. Cross-image transfer (CST)
-compares the feature of a class with those of its known positives in other images.
+Labels, AAAI 2022. Each class attends to its own place in the image and gets a feature of its own.
+Two modules guess unknown labels, on which the classifier trains too. Intra-image transfer (IST)
+reads them off a learned co-occurrence with the known positives of the image. Cross-image transfer
+(CST) compares the feature of a class with those of its known positives in other images.
 
-Run:  python sst.py                          toy world, 10 % of the labels known
-      python sst.py --no-ist --no-cst        without both: SSGRL (Chen et al., ICCV 2019)
-      python sst.py --data coco --root DIR --known 0.5
-Measured at 10 % known, mAP: toy world 77.9 ± 0.8, SSGRL 75.2 ± 1.3 (three seeds). 8,000
-photographs, frozen trunk: 20.7 ± 0.2, SSGRL 19.9 ± 0.3 (two seeds), a linear probe 30.8 ± 0.5.
-Main differences from the paper, and from the authors' code ("theirs", HCPLab-SYSU/HCP-MLR-PL):
- 1. Only the last stage of the trunk learns, and 14 x 14 positions are averaged to 7 x 7, as theirs.
-    GloVe vectors of 50 numbers are shipped; theirs have 300 (--glove FILE).
- 2. Graph: P(j|i) is over images that know j, and 0 for j = i. Theirs is over all images with i (at
-    10 % known a tenth of ours), and 1 for j = i.
- 3. Eq. 1: the first layer maps both features, 2,048 numbers, to 512; the paper prints 1,024. p_ji
-    is p_ij, as theirs. Theirs maps each feature by itself, and has a last layer for each pair.
- 4. Eq. 2: a mean over the known positives, as theirs. With a sum, five at 0.2 each would pass.
- 5. Eq. 4: with a minus sign, and max(p - m, 0) also in the logarithm, as theirs. Negatives are
-    pairs with both labels known. With --pairs all they are all that is not positive, as theirs.
- 6. Eq. 6: a mean over all positives of the last epoch. Theirs keeps the last 100 of a class.
- 7. Eq. 7-8: different images of a batch, known labels only, as theirs; a mean over the rare (+,+)
-    pairs and one over the rest. Theirs is one, with at most six of the rest for each (+,+) pair.
- 8. Eq. 9-10: with a minus sign, and a mean over images; theirs is one over all known entries. Known
-    labels enter three times, as printed; theirs once for five epochs, while its L_ist and L_cst
-    grow from 0 within the first epoch. Its batch is 8, not 32.
+Run:  python sst.py                                toy world, 10 % of the labels known
+      python sst.py --data coco --known 0.5        COCO 2014 in data/
+      python sst.py --no-ist --no-cst              without both modules: SSGRL (ICCV 2019)
+
+Measured:  MEASURED
+
+Where this differs. Their code is HCPLab-SYSU/HCP-MLR-PL; "-": not said; "=": as theirs.
+what               paper               their code                        here
+stages that learn  -                   the last, with its norms          =
+map at 448 pixels  -                   14 x 14, averaged to 7 x 7        =
+attention, Eq. -   -                   512 wide                          D wide, 1024
+P(j|i) of graph    -                   n(i, j) / n(i), P(i|i) = 1        n(i, j) / n(i, j known), 0
+Eq. 1, layers      1024-512-1024-1     2 x (1024-512)-1024-1024, a       2048-512-1024-1
+                                       last layer for each pair
+Eq. 2              sum                 mean                              =
+Eq. 3              sum                 mean over all pairs               mean of those with a target
+Eq. 4, negatives   not both present    not both known to be present      both known; --pairs all: =
+Eq. 4, formula     log(1 - p)          -log(1 - max(p - m, 0))           =
+Eq. 6              all positives       the last 100, of fewer some 0     all of the previous epoch
+Eq. 7-8, pairs     all                 known, n < m, at most 6 others    known, n != m, a mean of
+                                       for a (+, +), one mean            (+, +), one of the others
+Eq. 9              mean over an image  mean over the batch               as the paper, with a minus
+Eq. 10             three losses        one of them in 5 epochs           three losses
+L_ist and L_cst    constant weight     grow within the first epoch       constant weight
+batch size         32                  8                                 32
 """
 
-from argparse import BooleanOptionalAction
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.nn.functional import all_gather
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
 from torchvision.models import get_model
+from torchvision.ops import MLP
+from tqdm import tqdm
 
-import common
+# isort: off
+from common import ImageDataset, check_labels, class_text, describe, find_images, hide_entries
+from common import load_data, metrics_table, multilabel_metrics, need, normalise, pseudo_metrics
+from common import save_pictures, save_predictions
 
-GLOVE = f"{Path(__file__).parent}/tests/glove.6B.50d.names.txt"  # of toy, COCO and VOC
-REAL = dict(  # the paper's, and where it does not say, its authors'
-    known=0.1,
-    arch="resnet101",
-    size=448,  # pixels
-    pool=2,  # positions of the map that become one, a side
-    glove="none",
-    width=1024,  # D
-    hidden=(512, 1024),  # widths inside phi_intra
-    lambdas=(10, 0.05),  # weights of L_ist and L_cst; the paper's, whose losses are sums
-    theta=(0.75, 0.75),  # lowest thresholds of Eq. 2 and of Eq. 6
-    epochs=20,
-    lr=1e-5,
-    lr_step=10,  # epochs after which the rate falls to a tenth
-    weight_decay=5e-4,
-    crops=(512, 448, 384, 320, 256),  # sides of the random crops, of an image of 512
-    workers=4,
+RANK = int(os.environ.get("RANK", 0))  # number of this process among those that torchrun starts
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many these are
+progress = partial(tqdm, leave=False, disable=RANK > 0 or None)  # None: only in a terminal
+
+# flag: default (on the toy world, and elsewhere if it is another there), meaning
+RUN = dict(  # where and how a run is computed, which may change when it is resumed
+    root=("data", "folder that holds the data set"),
+    download=(False, "fetch coco, voc2007 or voc2012 into --root first"),
+    workers=(0, 4, "processes that decode images"),
+    device=("auto", "auto, cpu or cuda"),
+    compile=(False, "torch.compile the network"),
+    weights=("default", "of the trunk: default (of ImageNet), none, or a file"),
+    out=("", "folder for log, checkpoint and pictures; otherwise a new one in runs/"),
+    resume=("", "checkpoint to continue or to use; auto: OUT/last.pt if it is there"),
+    eval=(False, "only evaluate the checkpoint of --resume"),
+    predict=([], "only predict these images and folders, by that checkpoint"),
 )
-NAMED = REAL | dict(glove=GLOVE)
-TOY = REAL | dict(
-    arch="toy",
-    size=64,
-    pool=1,
-    width=64,
-    hidden=(128, 128),
-    lambdas=(3, 0.2),
-    epochs=16,
-    lr=1e-3,
-    lr_step=12,
-    weight_decay=1e-4,
-    crops=(512, 448),
-    workers=0,
-    frozen_bn=True,  # batch norms of the trunk use their stored mean and variance
+METHOD = dict(  # what is computed
+    data=("toy", "toy, coco, voc2007, voc2012, vg200, nuswide, cub, or folder: your own"),
+    known=(0.1, 1.0, "proportion of the label entries that stay known"),
+    mask_seed=(0, "which entries these are"),
+    limit=(0, "use the first LIMIT images of each part; 0 for all"),
+    arch=("toy", "resnet101", "toy, or a ResNet of torchvision"),
+    size=(64, 448, "side of the square input in pixels"),
+    epochs=(16, 20, "length of the schedule"),
+    batch_size=(32, "images a step, over all processes"),
+    lr=(1e-3, 1e-5, "learning rate of Adam"),
+    precision=("fp32", "of the network: fp32 or bf16"),
+    seed=(0, "of initial weights, order and augmentation"),
+    lr_step=(12, 10, "epochs at that rate; then it is a tenth"),
+    smallest_crop=(448, 256, "random crops of an image of 512 are 512, 448, ... or this"),
+    weight_decay=(1e-4, 5e-4, "weight decay of Adam"),
+    width=(64, 1024, "D, width of the features of a class"),
+    glove=("none", "auto", "word vectors: a file, none: random, auto: GloVe's for COCO and VOC"),
+    ist=(True, "intra-image transfer"),
+    cst=(True, "cross-image transfer"),
+    pairs=("both", "negative pairs of Eq. 4: both labels known, or all"),
+    lambda_1=(3.0, 10.0, "weight of L_ist in Eq. 11"),
+    lambda_2=(0.2, 0.05, "weight of L_cst in Eq. 11"),
+    theta=(0.75, "lowest threshold of Eq. 2 and Eq. 6"),
 )
-OWN = REAL | dict(known=1.0)  # one's own labels: none is hidden
-RECIPES = dict(real=REAL, coco=NAMED, voc2007=NAMED, voc2012=NAMED, folder=OWN, toy=TOY)
-
 def parse_args(argv=None):
-    """The arguments, and the checkpoint of --resume or None."""
-    parser = common.arguments(__doc__, known="label ENTRIES", mask_seed=0, batch_size=32)
-    add = parser.add_argument_group("method").add_argument
-    add("--arch", help="toy, or a torchvision classifier with a spatial trunk")
-    add("--weights", default="default", help="default (ImageNet V1), none, or a state dict")
-    add("--train-trunk", choices=("last", "all", "none"), default="last", help="stages trained")
-    add(
-        "--frozen-bn",
-        action=BooleanOptionalAction,
-        help="batch norms of the trunk use stored means",
-    )
-    add("--pool", type=common.POSITIVE, help="side of averaged squares, if four fit the map's")
-    add("--width", type=common.POSITIVE, help="D, width of the class features")
-    add("--glove", help="word vectors: text of GloVe, .npy (C, width), or none: they are learned")
-    add("--no-ist", action="store_true", help="no intra-image transfer")
-    add("--no-cst", action="store_true", help="no cross-image transfer")
-    add("--stat-cooc", action="store_true", help="Eq. 2 with the co-occurrence of the data set")
-    add("--pairs", choices=("both", "all"), default="both", help="see pair_targets()")
-    add("--lambdas", type=common.WEIGHT, nargs=2, help="weights of L_ist and L_cst")
-    add("--theta", type=common.SHARE, nargs=2, help="lowest thresholds of Eq. 2 and of Eq. 6")
-    return common.parse(parser, RECIPES, "sst", argv)
+    """The settings, and the checkpoint of --resume or None. A setting that is not given is that of
+    the checkpoint, or else the default."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS)
+    special = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(nargs="+")}
+    for name, (default, *real, meaning) in (RUN | METHOD).items():
+        kind = special.get(type(default), dict(type=type(default)))
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, help=f"{meaning} {[default, *real]}", **kind)
+    given = vars(parser.parse_args(argv))
+    checkpoint = load_checkpoint(given.get("resume"), given.get("out"))
+    saved = checkpoint["args"] if checkpoint else {}
+    for name in METHOD.keys() & given.keys() & saved.keys():
+        same = saved[name] == given[name]
+        need(same, f"--resume: {name} was {saved[name]}; leave it so, or take another --out")
+    given = saved | given
+    column = 0 if given.get("data", "toy") == "toy" else -2
+    new = f"runs/{Path(__file__).stem}-{time.strftime('%m%d-%H%M%S')}"
+    defaults = {name: row[column] for name, row in (RUN | METHOD).items()} | dict(out=new)
+    args = argparse.Namespace(**defaults | given)
+    need(column or args.root == "data", "--root is for --data coco, folder, ...; add --data")
+    numbers = [value for value in vars(args).values() if isinstance(value, int | float)]
+    need(min(numbers) >= 0, "no setting may be negative")
+    counts = (args.epochs, args.batch_size // WORLD_SIZE, args.lr)
+    need(min(counts) > 0, "--epochs, --batch-size (a process) and --lr must be above 0")
+    need(0 < args.known <= 1, "--known is a proportion: above 0, at most 1")
+    need(args.precision in ("fp32", "bf16"), "--precision is fp32 or bf16")
+    need(not args.compile or shutil.which("g++"), "--compile needs the compiler g++; install it")
+    if args.eval or args.predict:
+        need(checkpoint, "--eval and --predict need --resume PATH")
+        need(WORLD_SIZE == 1, "--eval and --predict run in one process, without torchrun")
+    return args, checkpoint
+
+def load_checkpoint(resume, out):
+    """The checkpoint of --resume, or None."""
+    path = f"{out}/last.pt" if resume == "auto" else resume
+    if not resume or (resume == "auto" and not os.path.exists(path)):
+        return None
+    try:
+        checkpoint = torch.load(path, "cpu", weights_only=True)
+        assert checkpoint["args"].keys() == (RUN | METHOD).keys(), "it has other settings"
+        return checkpoint
+    except Exception as error:  # files of any content
+        need(False, f"--resume {path} is no last.pt of a run of this script ({str(error)[:99]})")
 
 # ------------------------------------------------------------------------------------------- model
-
-def split_trunk(net, learns="last"):
-    """The frozen and the trained stages, two nn.Sequential, of a torchvision classifier. learns:
-    "all", "none", or "last": of a ResNet `layer4`, of others the last quarter of the layers.
-    ValueError where the classifier has no spatial trunk."""
-    if hasattr(net, "layer4"):
-        layers = list(net.children())[:-2]  # without pooling and head
-        last = len(layers) - 1
-    else:
-        layers = list(getattr(net, "features", ()))
-        last = 3 * len(layers) // 4
-    if not layers or hasattr(net, "permute"):  # that of a Swin has its channels last
-        raise ValueError("no spatial trunk; choose resnet101 or mobilenet_v2")
-    first = dict(all=0, last=last, none=len(layers))[learns]
-    return nn.Sequential(*layers[:first]), nn.Sequential(*layers[first:])
-
-def read_words(path, classes):
-    """Word vectors (C, width) of an array file, or of a text file of GloVe: the mean over the words
-    of each class name. ValueError where an array is not (C, width), or words are missing."""
-    if path.endswith(".npy"):
-        vectors = torch.tensor(np.load(path)).float()
-        if vectors.shape[:-1] != (len(classes),):
-            raise ValueError(f"an array of {[*vectors.shape]}, not ({len(classes)}, width)")
-        return vectors
-    joined = dict(diningtable="dining table", pottedplant="potted plant", tvmonitor="tv monitor")
-    names = [joined.get(name, name).lower().replace("_", " ").split() for name in classes]
-    wanted = {word for name in names for word in name}
-    found = {}
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            word, *numbers = line.rstrip().split(" ")
-            if word in wanted:
-                found[word] = torch.tensor([*map(float, numbers)])
-    missing = ", ".join(sorted(wanted - found.keys()))
-    if missing:
-        raise ValueError(f"it has no vector for: {missing}; --glove none learns them")
-    return torch.stack([torch.stack([found[word] for word in name]).mean(0) for name in names])
-
 class SemanticDecoupling(nn.Module):
-    """Class features by low-rank bilinear attention (SSGRL) over the N = h w positions of the map:
+    """Class features by low-rank bilinear attention (SSGRL) over the N positions of the map:
     x (B, N, D) -> (B, C, D). words (C, any width)."""
 
-    def __init__(self, words, width, learned=True):
+    def __init__(self, words, width):
         super().__init__()
-        self.words = nn.Parameter(words, requires_grad=learned)
+        self.register_buffer("words", words)
         self.image = nn.Linear(width, width, bias=False)
         self.word = nn.Linear(words.shape[1], width, bias=False)
         self.attention = nn.Linear(width, 1)
@@ -159,321 +165,394 @@ class SemanticDecoupling(nn.Module):
         return weight.transpose(1, 2) @ x  # (B, C, D)
 
 class GatedGraph(nn.Module):
-    """Gated graph network over classes (Eq. 3 of the SSGRL paper): f (B, C, D) -> (B, C, D), its
-    values in (-1, 1). adjacency (C, C): row i holds P(j|i)."""
+    """Gated graph network over classes (SSGRL, Eq. 3): f (B, C, D) -> (B, C, D) in (-1, 1).
+    adjacency (C, C): row i holds P(j|i)."""
 
     def __init__(self, adjacency, width):
         super().__init__()
         self.register_buffer("adjacency", adjacency)
-        self.update = nn.Linear(3 * width, width)
-        self.reset = nn.Linear(3 * width, width)
+        self.gates = nn.Linear(3 * width, 2 * width)
         self.candidate = nn.Linear(3 * width, width)
         self.output = nn.Linear(2 * width, width)
 
     def forward(self, f):
         h = f
         for _ in range(3):  # steps, as SSGRL
-            message = torch.cat((self.adjacency @ h, self.adjacency.T @ h), dim=-1)  # (B, C, 2D)
-            both = torch.cat((message, h), dim=-1)  # (B, C, 3D)
-            z = torch.sigmoid(self.update(both))  # (B, C, D)
-            r = torch.sigmoid(self.reset(both))  # (B, C, D)
-            new = torch.tanh(self.candidate(torch.cat((message, r * h), dim=-1)))
+            message = torch.cat((self.adjacency @ h, self.adjacency.T @ h), -1)  # (B, C, 2D)
+            gates = torch.sigmoid(self.gates(torch.cat((message, h), -1)))
+            z, r = gates.chunk(2, -1)  # update and reset gate, (B, C, D) each
+            new = torch.tanh(self.candidate(torch.cat((message, r * h), -1)))
             h = (1 - z) * h + z * new  # (B, C, D)
-        return torch.tanh(self.output(torch.cat((h, f), dim=-1)))
-
-class PairNet(nn.Module):
-    """phi_intra of Eq. 1: f (B, C, D) -> symmetric logits (B, C, C) that i and j are both there.
-    Only pairs that are asked for, (B, C, C) bool, by (i, j) or (j, i), are computed. The others are
-    0 and mean nothing."""
-
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.first = nn.Linear(2 * width, hidden[0])
-        self.second = nn.Linear(*hidden)
-        self.last = nn.Linear(hidden[1], 1)
-
-    def forward(self, f, asked):
-        B, C, _ = f.shape
-        # W [f_i, f_j] = W_left f_i + W_right f_j: two products per class, not one per pair
-        left, right = self.first.weight.chunk(2, dim=1)
-        a = F.linear(f, left, self.first.bias).flatten(0, 1)  # (B C, hidden[0])
-        b = F.linear(f, right).flatten(0, 1)  # (B C, hidden[0])
-        asked = (asked | asked.transpose(1, 2)).triu(1)  # each pair once
-        n, i, j = asked.nonzero(as_tuple=True)  # (pairs,) each
-        # index_select, since the gradient of a[k] depends on the order of CPU threads
-        x = a.index_select(0, n * C + i) + b.index_select(0, n * C + j)  # (pairs, hidden[0])
-        # Eq. 1: p_ij = phi_intra([f_i, f_j]), before its sigmoid
-        p = self.last(F.relu(self.second(F.relu(x)))).squeeze(-1)  # (pairs,)
-        matrix = p.new_zeros(B, C, C)
-        matrix[n, i, j] = p
-        matrix[n, j, i] = p
-        return matrix
+        return torch.tanh(self.output(torch.cat((h, f), -1)))
 
 class SST(nn.Module):
-    """images (B, 3, H, W) uint8 -> class features f (B, C, D), logits (B, C) and pair logits
-    (B, C, C), where pairs are asked for (B, C, C). Normalises images by `common.normalise`.
+    """images (B, 3, H, W) uint8, pairs (2, P) -> logits (B, C), class features f (B, C, D), and
+    pair logits (P,), None without pairs. A pair is two of the B * C features. frozen, trained:
+    stages of a trunk. words (C, any width). adjacency (C, C). width: D. bf16: matrix products in
+    bfloat16."""
 
-    frozen, trained: stages of a trunk. pairs: None without IST. The map is averaged over squares of
-    `pool`, if four or more fit a side. frozen_bn: also norms that learn use their stored means.
-    """
-
-    def __init__(self, frozen, trained, sarl, graph, pairs=None, pool=1, frozen_bn=False):
+    def __init__(self, frozen, trained, words, adjacency, width, bf16=False):
         super().__init__()
-        C = len(graph.adjacency)
-        D = graph.output.out_features
+        C = len(words)
+        self.bf16 = bf16
         self.frozen = frozen.requires_grad_(False)
         self.trained = trained
-        self.frozen_bn = frozen_bn
-        self.pool = nn.AvgPool2d(pool)
-        channels = trained.eval()(frozen.eval()(torch.zeros(1, 3, 64, 64))).shape[1]
-        self.project = nn.Sequential(nn.Conv2d(channels, D, 1, bias=False), nn.BatchNorm2d(D))
-        self.sarl = sarl
-        self.graph = graph
-        self.pairs = pairs
-        self.classifier = nn.Parameter(torch.randn(C, D) * D**-0.5)  # one vector a class
+        self.project = nn.LazyConv2d(width, 1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.sarl = SemanticDecoupling(words, width)
+        self.graph = GatedGraph(adjacency, width)
+        self.classifier = nn.Parameter(torch.randn(C, width) * width**-0.5)
         self.bias = nn.Parameter(torch.zeros(C))
-        self.register_buffer("prototypes", torch.zeros(C, D))  # of Eq. 6
+        self.phi_intra = MLP(2 * width, [width // 2, width, 1])  # three layers, ReLU between
+        self.register_buffer("prototypes", torch.zeros(C, width))  # of Eq. 6
 
-    def train(self, mode=True):
-        super().train(mode)
-        self.frozen.eval()
-        self.trained.train(mode and not self.frozen_bn)
-        return self
+    def forward(self, images, pairs=None):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            x = self.trained(self.frozen(normalise(images)))  # (B, channels, h, w)
+            if x.shape[-1] > 8:  # positions a side
+                x = F.avg_pool2d(x, 2)
+            x = self.norm(self.project(x))  # (B, D, h, w)
+            f = self.sarl(x.flatten(2).transpose(1, 2))  # (B, N, D) -> (B, C, D)
+            logits = (self.graph(f) * self.classifier).sum(-1) + self.bias  # (B, C)
+            if pairs is None:
+                return logits.float(), f.float(), None
+            # index_select, since the gradient of indexing depends on the order of CPU threads
+            f_i, f_j = f.flatten(0, 1).index_select(0, pairs.flatten()).chunk(2)  # (P, D) each
+            # Eq. 1: p_ij = phi_intra([f_i, f_j]), before its sigmoid
+            pair_logits = self.phi_intra(torch.cat((f_i, f_j), -1)).squeeze(-1)
+            return logits.float(), f.float(), pair_logits.float()
 
-    def forward(self, images, asked=None):
-        x = self.trained(self.frozen(common.normalise(images)))  # (B, channels, h, w)
-        if x.shape[-1] >= 4 * self.pool.kernel_size:
-            x = self.pool(x)
-        x = self.project(x)  # (B, D, h, w)
-        f = self.sarl(x.flatten(2).transpose(1, 2))  # (B, N, D) -> (B, C, D)
-        logits = (self.graph(f) * self.classifier).sum(-1) + self.bias  # (B, C)
-        pairs = None
-        if self.pairs and asked is not None:
-            pairs = self.pairs(f, asked).float()  # (B, C, C)
-        return f.float(), logits.float(), pairs
+def load_trunk(arch, weights):
+    """The trunk of the toy world, or a ResNet of torchvision with weights: default (of ImageNet),
+    none, or a file. Returns all stages but the last, and the last."""
+    try:
+        if arch == "toy":
+            from tests.toy import world  # only here: the method needs nothing from it
 
-# ------------------------------------------------------------------------------------------ losses
+            net = world.load_trunk()
+        else:
+            net = get_model(arch, weights="IMAGENET1K_V1" if weights == "default" else None)
+            if weights not in ("default", "none"):
+                net.load_state_dict(torch.load(weights, "cpu"))
+        *stages, last, _, _ = net.children()  # pooling and head are left out
+        assert last is net.layer4
+        return nn.Sequential(*stages), last
+    except Exception as error:  # no network, files of any content
+        cache = f"remove a damaged file from {torch.hub.get_dir()}, or give --weights FILE"
+        need(False, f"--arch {arch} --weights {weights} cannot be loaded ({error}); {cache}")
 
-def pair_targets(y, negatives="both"):
-    """Targets (B, C, C) of Eq. 4 from y (B, C): +1 both present, -1 negative, 0 no loss. Negative
-    are pairs with both labels known or, with "all", whatever is not positive, as printed."""
-    a = y[:, :, None]
-    b = y[:, None]
-    positive = (a == 1) & (b == 1)
-    negative = (a * b != 0) | (negatives == "all")
-    target = torch.where(positive, 1, -negative.long())
-    target.diagonal(dim1=1, dim2=2).zero_()  # no pair of a class with itself
-    return target
+def read_words(path, data, classes):
+    """Word vectors (C, width): rows of an array file, or of a text file of GloVe the mean over the
+    words of each class name. path: also "auto", what comes with this file, and "none", random."""
+    if path == "auto":
+        name = f"glove.840B.300d.{data.replace('2012', '2007')}.npy"
+        path = f"{Path(__file__).parent}/tests/toy/{name}"
+        path = path if os.path.exists(path) else "none"
+    if path == "none":
+        return torch.randn(len(classes), 300)
+    names = [class_text(name).split() for name in classes]
+    wanted = sum(names, [])
+    try:
+        if path.endswith(".npy"):
+            vectors = np.load(path)
+        else:
+            lines = (line.split() for line in open(path, encoding="utf-8"))
+            found = {word: np.array(row, float) for word, *row in lines if word in wanted}
+            vectors = np.array([np.mean([found[word] for word in name], 0) for name in names])
+        assert len(vectors) == len(classes), f"{len(vectors)} rows for {len(classes)} classes"
+        return torch.tensor(vectors).float()
+    except (OSError, ValueError, LookupError, AssertionError) as error:
+        need(False, f"--glove {path} has no vector for, or is not fit: {error}; none is random")
 
-def ist_loss(logits, target, gamma=2, margin=0.05):
-    """L_ist, Eq. 3-4 with the minus sign and max(p - m, 0), as a mean over pairs with a target.
-    logits (B, C, C), target (B, C, C) in {1, 0, -1} -> scalar, 0 without targets."""
+def build(args, classes, y, checkpoint):
+    """The network of a run: a new one for known labels y (images, C), or that of a checkpoint."""
+    if checkpoint:
+        args.weights = "none"
+        words = checkpoint["model"]["sarl.words"]
+        adjacency = checkpoint["model"]["graph.adjacency"]
+    else:
+        words = read_words(args.glove, args.data, classes)
+        adjacency = cooccurrence(torch.tensor(y))
+    trunk = load_trunk(args.arch, args.weights)
+    net = SST(*trunk, words, adjacency, args.width, args.precision == "bf16")
+    net.phi_intra.requires_grad_(args.ist)
+    net.eval()(torch.zeros(1, 3, 64, 64))  # a small image shows how many channels the map has
+    if WORLD_SIZE > 1 and torch.cuda.is_available():
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    if checkpoint:
+        net.load_state_dict(checkpoint["model"])
+    return net
+
+# ----------------------------------------------------------------------- losses and pseudo-labels
+def ist_loss(logits, target, gamma_1=1, gamma_2=2, m=0.05):
+    """L_ist, Eq. 3-4: logits (P,), target (P,) in {1, 0, -1} -> scalar, a mean over the pairs with
+    a target, 0 without any. The minus sign and max(p - m, 0) are those of the authors' code."""
     p = torch.sigmoid(logits)
-    p_m = (p - margin).clamp(min=0)
-    # Eq. 4: -(1 - p)^1 log p if the pair co-occurs, -p_m^2 log(1 - p_m) if not
-    loss_pos = (p - 1) * F.logsigmoid(logits)
-    loss_neg = -(p_m**gamma) * torch.log1p(-p_m)
+    p_m = (p - m).clamp(min=0)
+    # Eq. 4: -(1 - p)^gamma_1 log p if the pair co-occurs, -p_m^gamma_2 log(1 - p_m) if not
+    loss_positive = -((1 - p) ** gamma_1) * F.logsigmoid(logits)
+    loss_negative = -(p_m**gamma_2) * torch.log1p(-p_m)
     # Eq. 3, as a mean
-    total = (loss_pos * (target == 1) + loss_neg * (target == -1)).sum()
-    return total / (target != 0).sum().clamp(min=1)
+    loss = loss_positive * (target == 1) + loss_negative * (target == -1)
+    return loss.sum() / (target != 0).sum().clamp(min=1)
 
-def sum_of_cosines(u, member):
-    """Sum of u_nc . u_mc over classes c and ordered pairs of images n != m with member[n, c] and
-    member[m, c], and the number of its terms. u (B, C, D), unit; member (B, C), bool. Costs O(BCD).
-
-        for n, m, c in product(range(B), range(B), range(C)):
-            if n != m and member[n, c] and member[m, c]:
-                total += u[n, c] @ u[m, c]
-                number += 1
-    """
-    member = member.to(u.dtype)
-    # for each class: the products of all ordered pairs add up to |sum u|^2 - sum |u|^2
-    square = torch.einsum("bc,bcd->cd", member, u).square().sum()
-    total = square - (member * u.square().sum(-1)).sum()
-    count = member.sum(0)  # (C,)
-    return total, (count * (count - 1)).sum()
-
-def cst_loss(f, y):
-    """L_cst, Eq. 7-8 over pairs of different images: f (B, C, D), y (B, C) -> scalar. Mean of 1 - s
-    over pairs with c known present in both, plus mean of 1 + s over the others with c known in
-    both; either is 0 without a pair."""
-    u = F.normalize(f, dim=-1)  # Eq. 5: s_c^{n,m} = u_n . u_m
-    s_pos, n_pos = sum_of_cosines(u, y == 1)
-    s_known, n_known = sum_of_cosines(u, y != 0)
-    n_rest = n_known - n_pos
-    # Eq. 8: 1 - s where both are present, 1 + s otherwise; Eq. 7, as a mean over either kind
-    attract = torch.where(n_pos > 0, (n_pos - s_pos) / n_pos.clamp(min=1), 0.0)
-    repel = torch.where(n_rest > 0, (n_rest + s_known - s_pos) / n_rest.clamp(min=1), 0.0)
-    return attract + repel
+def cst_loss(u, y):
+    """L_cst, Eq. 7-8: unit u (B, C, D), y (B, C) -> scalar. A mean over pairs of images with c
+    known present in both, plus one over the others with c known in both; 0 without a pair."""
+    s = torch.einsum("ncd,mcd->nmc", u, u)  # Eq. 5: s_c^{n,m} = cosine(f_c^n, f_c^m)
+    known = y != 0
+    present = y == 1
+    different = ~torch.eye(len(y), dtype=torch.bool, device=y.device)[:, :, None]  # n != m
+    attract = present[:, None] & present & different  # (B, B, C)
+    repel = known[:, None] & known & different & ~attract
+    # Eq. 8: 1 - s where c is present in both, 1 + s otherwise; Eq. 7, as a mean over either kind
+    loss_attract = ((1 - s) * attract).sum() / attract.sum().clamp(min=1)
+    loss_repel = ((1 + s) * repel).sum() / repel.sum().clamp(min=1)
+    return loss_attract + loss_repel
 
 def partial_bce(logits, y):
-    """Eq. 9 with the minus sign: logits (B, C), y (B, C) in {1, 0, -1} -> scalar mean over images,
+    """Eq. 9 with a minus sign: logits (B, C), y (B, C) in {1, 0, -1} -> scalar, a mean over images,
     each of which averages over its known entries; one with nothing known contributes 0."""
     # Eq. 9: log p where y = 1 and log(1 - p) where y = -1; both are log sigmoid(y * logit)
     loss = -F.logsigmoid(y * logits) * y.abs()  # (B, C)
     return (loss.sum(1) / y.abs().sum(1).clamp(min=1)).mean()
 
-# ----------------------------------------------------------------------------------- pseudo-labels
-
-def threshold(epoch, lowest):
-    """theta of Eq. 2 and 6: 1 in epochs 1 to 5 (no pseudo-label), 0.95 in the 6th, then -0.025."""
-    return 1.0 if epoch <= 5 else max(lowest, 0.95 - 0.025 * (epoch - 6))
-
-@torch.no_grad()
 def cooccurrence(y):
-    """Row i: P(j|i) = n(i and j present) / n(i present, j known) or 0. y (images, C) -> (C, C)."""
+    """Row i: P(j|i) = n(i and j present) / n(i present, j known), or 0. y (images, C) -> (C, C).
+    It does not tell on how many images a value rests: a pair seen once may have 1."""
     present = (y == 1).double()
     known = (y != 0).double()
     p = present.T @ present / (present.T @ known).clamp(min=1)
     return p.fill_diagonal_(0).float()
 
+def threshold(epoch, lowest):
+    """theta of Eq. 2 and 6: none in epochs 1 to 5, 0.95 in the 6th, then 0.025 less an epoch."""
+    return float("inf") if epoch <= 5 else max(lowest, 0.95 - 0.025 * (epoch - 6))
+
+def choose_pairs(y):
+    """Pairs of classes i < j that the labels y (B, C) of a batch ask for: (2, P), places among the
+    B * C features, and targets (P,) of Eq. 4: 1 both present, -1 both known and not both present,
+    0 for the pairs of a known positive that Eq. 2 alone reads."""
+    known = y != 0
+    present = y == 1
+    wanted = known[:, :, None] & known[:, None] | present[:, :, None] | present[:, None]
+    n, i, j = wanted.triu(1).nonzero().T
+    y_i = y[n, i]
+    y_j = y[n, j]
+    target = torch.where((y_i == 1) & (y_j == 1), 1, -(y_i * y_j).abs())
+    return torch.stack((i, j)) + n * y.shape[1], target
+
 @torch.no_grad()
-def intra_pseudo_labels(p, y, theta):
+def intra_pseudo_labels(p, pairs, y, theta):
     """Eq. 2, a mean: y (B, C) with unknown labels set to 1 where known positives vouch for them.
-    p (B or 1, C, C): how far, in [0, 1], a present j speaks for i: by Eq. 1, or P(i|j). theta 1:
-    no pseudo-label."""
-    positive = (y == 1).to(p.dtype)
+    p (P,) in [0, 1]: co-occurrence of pairs (2, P), among them all of a known positive."""
+    i, j = pairs
+    present = (y == 1).flatten().float()  # (B * C,)
     # Eq. 2: y_i = 1[mean of p_ij over known positives j >= theta]
-    score = (p @ positive[:, :, None]).squeeze(-1) / positive.sum(1, keepdim=True).clamp(min=1)
-    return torch.where((y == 0) & (score >= theta) & (theta < 1), 1, y)
+    score = torch.zeros_like(present).index_add(0, i, p * present[j])
+    score = score.index_add(0, j, p * present[i]).view_as(y)
+    score = score / (y == 1).sum(1, keepdim=True).clamp(min=1)
+    return torch.where((y == 0) & (score >= theta), 1, y)
 
 @torch.no_grad()
-def cross_pseudo_labels(f, y, prototype, theta):
-    """Eq. 6: y (B, C) with unknown labels set to 1 where f (B, C, D) is like known positives.
-    prototype (C, D): the mean of their unit features, 0 for a class without; theta as in Eq. 2."""
+def cross_pseudo_labels(u, y, prototypes, theta):
+    """Eq. 6: y (B, C) with unknown labels set to 1 where unit u (B, C, D) is like known positives.
+    prototypes (C, D): the mean of their unit features, 0 for a class without."""
     # Eq. 6: the mean of cosines over D_c is one product with the mean unit vector
-    similarity = (F.normalize(f, dim=-1) * prototype).sum(-1)  # (B, C)
-    return torch.where((y == 0) & (similarity >= theta) & (theta < 1), 1, y)
+    s = (u * prototypes).sum(-1)  # (B, C)
+    return torch.where((y == 0) & (s >= theta), 1, y)
 
-# ---------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------- training and evaluation
+def collate(batch, y, negatives):
+    """Images, labels, indices, pairs and their targets, all made on the CPU. negatives "all" takes
+    what is unknown for absent in pairs."""
+    images, index = default_collate(batch)
+    said = torch.where(y == 0, -1, y) if negatives == "all" else y
+    return images, y[index], index, *choose_pairs(said[index])
 
-def train_one_epoch(model, loader, optimizer, truth, epoch, args):
-    """One pass with the prototypes of the last epoch; leaves its own. Returns log entries.
-    `truth` (images, C) serves the diagnostics of the pseudo-labels and nothing else."""
+def gather(x):
+    """x (B, ...) of all processes, one after the other, with the gradient of each."""
+    return torch.cat(all_gather(x)) if WORLD_SIZE > 1 else x
+
+def train_one_epoch(model, net, loader, optimizer, epoch, args):
+    """One pass over the training images; leaves the prototypes for the next one in net. model: net
+    or its DistributedDataParallel. Returns the mean losses and the completed labels (images, C)."""
+    start = time.time()
     model.train()
-    net = getattr(model, "module", model)  # without DistributedDataParallel
-    device = truth.device
-    theta_intra = threshold(epoch, args.theta[0])
-    theta_cross = threshold(epoch, args.theta[1])
-    lambda_1, lambda_2 = args.lambdas
-    totals = {}
-    for images, y, index in common.progress(loader, f"epoch {epoch}"):
-        images = images.to(device, non_blocking=True)
-        y = y.to(device, non_blocking=True)
-        target = pair_targets(y, args.pairs)  # (B, C, C)
-        asked = (target != 0) | (y == 1)[:, None]  # by Eq. 4; by Eq. 2: column j known present
-        with common.autocast(device, args.precision):
-            f, logits, pair_logits = model(images, asked)  # (B, C, D), (B, C), (B, C, C)
-        # Eq. 10: L_cls is a loss on the known labels, and one on each completed set, below
-        loss_cls = partial_bce(logits, y)
-        loss_ist = loss_cst = 0 * loss_cls
-        y_intra = y_cross = y
-        if not args.no_ist:
-            p = net.graph.adjacency.T[None]  # for --stat-cooc: row i, column j holds P(i|j)
-            if not args.stat_cooc:
-                p = torch.sigmoid(pair_logits.detach())
-                loss_ist = ist_loss(pair_logits, target)
-            y_intra = intra_pseudo_labels(p, y, theta_intra)
-            loss_cls = loss_cls + partial_bce(logits, y_intra)
-        if not args.no_cst:
-            y_cross = cross_pseudo_labels(f, y, net.prototypes, theta_cross)
-            loss_cls = loss_cls + partial_bce(logits, y_cross)
-            loss_cst = cst_loss(common.gather(f), common.gather(y))  # of all processes
-            present = (y == 1).float()  # for Eq. 6 of the next epoch
-            features = torch.einsum("bc,bcd->cd", present, F.normalize(f.detach(), dim=-1))
-            common.add_up(totals, features=features, positives=present.sum(0)[:, None])
+    net.frozen.eval()  # its batch norms keep the statistics of ImageNet
+    device = net.bias.device
+    theta = threshold(epoch, args.theta)
+    # what an epoch adds up is read at its end: no step waits for the device
+    losses = torch.zeros(4, device=device)
+    features = torch.zeros_like(net.prototypes)  # (C, D), sums over known positives
+    positives = torch.zeros_like(net.bias)  # (C,)
+    pseudo = torch.zeros(len(loader.dataset), len(net.bias), dtype=torch.int8, device=device)
+    for batch in progress(loader):
+        images, y, index, pairs, target = (x.to(device, non_blocking=True) for x in batch)
+        logits, f, pair_logits = model(images, pairs)  # (B, C), (B, C, D), (P,)
+        u = F.normalize(f, dim=-1)
+        completed = [y]  # known labels, and what each module makes of them
+        loss_ist = loss_cst = logits.new_zeros(())
+        if args.ist:
+            completed.append(intra_pseudo_labels(torch.sigmoid(pair_logits), pairs, y, theta))
+            loss_ist = ist_loss(pair_logits, target)
+        if args.cst:
+            completed.append(cross_pseudo_labels(u, y, net.prototypes, theta))
+            loss_cst = cst_loss(gather(u), gather(y))  # of the images of all processes
+            present = (y == 1).float()
+            features += torch.einsum("bc,bcd->cd", present, u.detach())
+            positives += present.sum(0)
+        # Eq. 10: L_cls sums a loss on the known labels and one on each completed set
+        loss_cls = sum(partial_bce(logits, labels) for labels in completed)
         # Eq. 11: L = L_cls + lambda_1 L_ist + lambda_2 L_cst
-        loss = loss_cls + lambda_1 * loss_ist + lambda_2 * loss_cst
+        loss = loss_cls + args.lambda_1 * loss_ist + args.lambda_2 * loss_cst
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        common.add_up(totals, loss=loss, loss_cls=loss_cls, loss_ist=loss_ist, loss_cst=loss_cst)
-        pseudo = common.pseudo_counts(torch.maximum(y_intra, y_cross), y, truth[index.to(device)])
-        common.add_up(totals, pseudo=pseudo)
-    totals = common.over_processes(totals, net)
-    if not args.no_cst:  # Eq. 6: the mean unit feature of each class's known positives
-        net.prototypes = totals["features"] / totals["positives"].clamp(min=1)
-    return common.epoch_entry(totals, len(loader))
+        losses += torch.stack((loss, loss_cls, loss_ist, loss_cst)).detach()
+        pseudo[index] = torch.stack(completed).amax(0)
+    if WORLD_SIZE > 1:
+        for x in (losses, features, positives, pseudo):  # each process has seen other images
+            distributed.all_reduce(x)
+    if args.cst:  # Eq. 6: the mean unit feature of each class's known positives
+        net.prototypes.copy_(features / positives.clamp(min=1)[:, None])
+    means = (losses / len(loader) / WORLD_SIZE).tolist()
+    entry = dict(zip("loss loss_cls loss_ist loss_cst".split(), means, strict=True))
+    entry["seconds"] = time.time() - start  # of training alone
+    entry["images_per_second"] = len(loader) * args.batch_size / entry["seconds"]
+    entry["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+    return entry, pseudo.cpu().numpy()
 
-def evaluate(net, task, precision):
-    """Metrics and logits (images, C) of the test images, rows as in the data set."""
+@torch.no_grad()
+def evaluate(net, images, args):
+    """Logits (images, C), a float32 array."""
     net.eval()
-    score = lambda images: net(images)[1:2]  # noqa: E731
-    logits = common.outputs(score, task.test_loader, net.bias.device, precision)[0]
-    return common.multilabel_metrics(logits.numpy(), task.test_y), logits
+    device = net.bias.device
+    logits = torch.zeros(len(images), len(net.bias), device=device)
+    data = ImageDataset(images, args.size)
+    for batch in progress(make_loader(data, args, range(RANK, len(data), WORLD_SIZE))):
+        views, index = (x.to(device, non_blocking=True) for x in batch)
+        logits[index] = net(views)[0]
+    if WORLD_SIZE > 1:  # each process has filled its own rows
+        distributed.all_reduce(logits)
+    return logits.cpu().numpy()
 
-# -------------------------------------------------------------------------------------------- main
+def make_loader(data, args, sampler, **options):
+    """Batches of this process. Its workers start anew with each epoch, as of a resumed run."""
+    size = min(args.batch_size // WORLD_SIZE, len(sampler))
+    options |= dict(num_workers=args.workers, pin_memory=torch.cuda.is_available())
+    return DataLoader(data, size, sampler=sampler, **options)
 
-def load_trunk(arch, weights):
-    """A classifier of torchvision, or the toy one, with its weights."""
-    with common.naming(f"--arch {arch} --weights {weights} cannot be used; try resnet101"):
-        if arch == "toy":
-            from tests import toy  # only here: the method needs nothing of it
+# ------------------------------------------------------------------------------------------- main
+def start_device(name):
+    """The device of --device; "auto" is CUDA if that can be used. Joins torchrun's processes."""
+    if RANK > 0:  # one process prints and warns
+        sys.stdout = open(os.devnull, "w")
+        logging.disable()
+    if torch.cuda.is_available():
+        name = name.replace("auto", "cuda")
+        torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.benchmark = True  # all batches are of one size
+    try:
+        device = torch.zeros(1, device=name.replace("auto", "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        need(False, f"--device {name} cannot be used: {error}")
+    if WORLD_SIZE > 1:
+        distributed.init_process_group()  # nccl, on CPU gloo
+    print("device:", device)
+    return device
 
-            net = toy.Trunk()
-            weights = toy.TRUNK if weights == "default" else weights
-        else:
-            net = get_model(arch, weights="IMAGENET1K_V1" if weights == "default" else None)
-        if weights not in ("default", "none"):
-            common.load_weights(net, weights)
-        return net
+def use(args, checkpoint):
+    """--eval and --predict: the network of a checkpoint on other images."""
+    device = start_device(args.device)
+    classes = checkpoint["classes"]
+    net = build(args, classes, None, checkpoint).to(device)
+    if args.predict:
+        os.makedirs(args.out, exist_ok=True)
+        images = find_images(args.predict)
+        return save_predictions(args.out, images, evaluate(net, images, args), classes)
+    found, images, y = load_data(args.data, args.root, "test", args.limit)
+    need(found == classes, "--resume: the run has other classes")
+    metrics = multilabel_metrics(evaluate(net, images, args), y, classes)
+    print(metrics_table([metrics]), describe(metrics["AP"], classes), sep="\n")
 
-def build(args, words, adjacency):
-    """The network of a run, for words (C, any width) and adjacency (C, C)."""
-    D = args.width
-    with common.naming(f"--arch {args.arch} cannot be used"):
-        stages = split_trunk(load_trunk(args.arch, args.weights), args.train_trunk)
-    sarl = SemanticDecoupling(words, D, args.glove == "none")
-    pairs = None if args.no_ist or args.stat_cooc else PairNet(D, args.hidden)
-    return SST(*stages, sarl, GatedGraph(adjacency, D), pairs, args.pool, args.frozen_bn)
-
-def start(args, classes, y):
-    """Word vectors (C, width) and adjacency (C, C) of a new run with known labels y (images, C)."""
-    adjacency = cooccurrence(torch.tensor(y))
-    if args.glove == "none":
-        return torch.randn(len(classes), 300), adjacency
-    with common.naming(f"--glove {args.glove} cannot be used"):
-        return read_words(args.glove, classes), adjacency
-
-def main():
-    args, state = parse_args()
-    device = common.pick_device(args.device)
+def main(args, checkpoint):
+    # processes and device
+    device = start_device(args.device)
     torch.manual_seed(args.seed)
-    if state:
-        weights = state["model"]
-        net = build(args, weights["sarl.words"], weights["graph.adjacency"]).to(device)
-    if args.predict:  # has a state, as --eval
-        return common.predict(lambda images: net(images)[1], net, args, state)
+
     # data
-    task = common.load_task(args, state, "sst", common.hide_entries)
-    view = common.make_transform(args.size, args.crops)
-    loader = common.make_loader(common.ImageDataset(task.images, task.y, view), args, train=True)
+    load = partial(load_data, args.data, args.root, limit=args.limit)
+    classes, *test = load("test", fetch=args.download)  # images and labels
+    _, images, truth = load("train")
+    y = hide_entries(truth, args.known, args.mask_seed)
+    labels = dict(classes=classes, mask=check_labels(classes, y, test[1]))
+
     # network
-    if not state:
-        net = build(args, *start(args, task.classes, task.y)).to(device)
-    net.to(memory_format=torch.channels_last)
-    if args.eval:
-        common.load_weights(net, weights)
-        return common.report(args, task, evaluate(net, task, args.precision)[1])
-    model = common.parallel(net, args.compile)
+    net = build(args, classes, y, checkpoint).to(device, memory_format=torch.channels_last)
+    print("no label is guessed before epoch 6")
+    fit(net, (images, y, truth), test, labels, args, checkpoint)
+
+def fit(net, train, test, labels, args, checkpoint):
+    """Train net on train (images, known labels, truth), and evaluate it on test (images, labels).
+    labels: classes and mask hash, which a resumed run must share with its checkpoint."""
+    images, y, truth = train
+    data = ImageDataset(images, args.size, args.smallest_crop)
+    sampler = DistributedSampler(data, WORLD_SIZE, RANK, drop_last=True)
+    pairs = partial(collate, y=torch.tensor(y), negatives=args.pairs)
+    loader = make_loader(data, args, sampler, drop_last=True, collate_fn=pairs)
+
     # optimizer
-    words = net.sarl.words  # without decay, if they are learned
-    rest = [p for p in net.parameters() if p is not words]
-    groups = [dict(params=rest, weight_decay=args.weight_decay), dict(params=[words])]
-    optimizer = torch.optim.Adam(groups, args.lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, gamma=0.1)
+    optimizer = torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay)
+
+    # resume
+    run = dict(labels, command=sys.argv, args=vars(args), device=str(net.bias.device))
+    log = [dict(run=run | dict(torch=torch.version.__version__))]
+    if checkpoint:
+        need(labels.items() <= checkpoint.items(), "--resume: the run has other classes or labels")
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        log = checkpoint["log"]
+    if RANK == 0:
+        os.makedirs(args.out, exist_ok=bool(args.resume))
+
+    # several processes, and compile
+    model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net
+    if args.compile:
+        model.compile()
+
     # loop
-    run = common.Run(args, task.about, state, model=net, optimizer=optimizer, scheduler=scheduler)
-    truth = torch.tensor(task.truth, device=device)
-    # decodes each test image: a broken one ends the run now, not after an epoch
-    logits = evaluate(net, task, args.precision)[1]
-    for epoch in range(run.start, args.epochs + 1):
-        run.begin(epoch, loader)
-        entry = train_one_epoch(model, loader, optimizer, truth, epoch, args)
-        metrics, logits = evaluate(net, task, args.precision)
-        scheduler.step()
-        run.end(entry | metrics)
-    run.finish(task, logits)
+    for epoch in range(len(log), args.epochs + 1):  # the first entry of the log is the run
+        torch.manual_seed(1000 * args.seed + epoch)  # a resumed run repeats its epoch
+        sampler.set_epoch(epoch)
+        lr = args.lr if epoch <= args.lr_step else args.lr / 10
+        optimizer.param_groups[0]["lr"] = lr
+        losses, pseudo = train_one_epoch(model, net, loader, optimizer, epoch, args)
+        logits = evaluate(net, test[0], args)
+        entry = dict(epoch=epoch, lr=lr, **losses)
+        entry |= multilabel_metrics(logits, test[1], labels["classes"])
+        entry |= pseudo_metrics(pseudo, y, truth)
+        log.append(entry)
+        print(describe(entry), flush=True)
+        if RANK == 0:
+            state = dict(labels, log=log, model=net.state_dict(), optimizer=optimizer.state_dict())
+            save(args, state)
+            save_pictures(args.out, *test, logits, labels["classes"])
+
+    # table
+    print(metrics_table(log[1:]))
+
+def save(args, state):
+    """Write the log and the checkpoint, this under another name first: last.pt is always whole."""
+    log = "\n".join(map(json.dumps, state["log"]))
+    Path(args.out, "log.jsonl").write_text(f"{log}\n")
+    torch.save(state | dict(args=vars(args)), f"{args.out}/last.tmp")
+    os.replace(f"{args.out}/last.tmp", f"{args.out}/last.pt")
 
 if __name__ == "__main__":
-    common.run_script(main)
+    args, checkpoint = parse_args()
+    try:
+        (use if args.eval or args.predict else main)(args, checkpoint)
+    except (OSError, KeyboardInterrupt) as error:  # of a loader's worker the last line says it
+        reason = str(error).split("\n")[-1] or "stopped"
+        need(False, f"{reason}; --out {args.out} --resume auto goes on")

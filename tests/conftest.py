@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: MIT
-import functools
-import sys
-from pathlib import Path
+import os
 
-import open_clip
-import pytest
-import torch
-from torch.nn.functional import normalize
+os.environ["OMP_NUM_THREADS"] = "1"  # what tests compute is small: a second thread costs more
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests import toy  # noqa: E402
+import multiprocessing  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
 
-toy.scenes = functools.cache(toy.scenes)  # drawn once for all tests
-tokenizer = functools.cache(open_clip.factory.SimpleTokenizer)  # it reads a large vocabulary
-open_clip.factory.SimpleTokenizer = tokenizer
-torch.set_num_threads(1)  # what tests compute is small: a second thread costs more than it does
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch.nn.functional import normalize  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+processes = multiprocessing.get_context("forkserver")  # each is a fork of one with all imports
+processes.set_forkserver_preload(["tests.served"])
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU, skipped without")
-    config.addinivalue_line("filterwarnings", "ignore:Sparse CSR")  # beta since 2021
 
 
 @pytest.fixture(autouse=True)
@@ -48,14 +48,6 @@ def random_images(rng, size=128, n=3):
     return torch.randint(256, (n, 3, size, size), generator=rng, dtype=torch.uint8)
 
 
-def small_clip(weights="none", size=64):
-    """The toy CLIP, and its tokenizer."""
-    import common
-
-    torch.manual_seed(0)
-    return common.load_clip("local-dir:tests/toy_clip", weights, size)
-
-
 def same(a, b):
     """Bit for bit, whatever the nesting."""
     if isinstance(a, dict):
@@ -63,3 +55,36 @@ def same(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(script, *arguments, **more): a process that runs a script in tmp_path, on the toy world
+    with 50 training and 25 test scenes, as from a command line; more: those of `served.serve`."""
+    from tests import served
+
+    def begin(script, *arguments, **more):
+        given = (script, list(map(str, arguments)), str(tmp_path))
+        process = processes.Process(target=served.serve, args=given, kwargs=more)
+        process.start()
+        return process
+
+    return begin
+
+
+@pytest.fixture
+def run(start, tmp_path):
+    """run(script, *arguments, **more) -> exit status, standard output and standard error."""
+
+    def command(*given, **more):
+        process = start(*given, **more)
+        process.join(200)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"{given} does not end")
+        texts = [(tmp_path / name).read_text() for name in ("stdout", "stderr")]
+        for name in ("stdout", "stderr"):
+            (tmp_path / name).unlink()
+        return process.exitcode, *texts
+
+    return command
