@@ -64,7 +64,7 @@ def check_labels(classes, y, test_y):
     ):
         names = [classes[c] for c in np.flatnonzero(~fine)]
         if names:
-            logging.warning(f"{len(names)} classes {what}, the first: {', '.join(names[:5])}")
+            logging.warning(f"classes {what}: {len(names)}, such as {', '.join(names[:5])}")
     return hashlib.sha256(np.packbits(y != 0).tobytes()).hexdigest()[:8]
 
 # -------------------------------------------------------------------------------------- data sets

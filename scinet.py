@@ -124,8 +124,8 @@ def parse_args(argv=None):
     need(column or args.root == "data", "--root is for --data coco, folder, ...; add --data")
     numbers = [value for value in vars(args).values() if isinstance(value, int | float)]
     need(min(numbers) >= 0, "no setting may be negative")
-    counts = (args.epochs, args.batch_size // WORLD_SIZE, args.lr)
-    need(min(counts) > 0, "--epochs, --batch-size (a process) and --lr must be above 0")
+    smallest = min(args.epochs, args.batch_size // WORLD_SIZE, args.lr)
+    need(smallest > 0, "--epochs, --batch-size (of a process) and --lr must be above 0")
     need(0 < args.known <= 1, "--known is a proportion: above 0, at most 1")
     need(args.precision in ("fp32", "bf16"), "--precision is fp32 or bf16")
     need(not args.compile or shutil.which("g++"), "--compile needs the compiler g++; install it")
@@ -549,5 +549,5 @@ if __name__ == "__main__":
     try:
         (use if args.eval or args.predict else main)(args, checkpoint)
     except (OSError, KeyboardInterrupt) as error:  # of a loader's worker the last line says it
-        reason = str(error).split("\n")[-1] or "stopped"
+        reason = str(error).strip().split("\n")[-1] or "stopped"
         need(False, f"{reason}; --out {args.out} --resume auto goes on")

@@ -12,11 +12,8 @@ Run:  python sst.py                                toy world, 10 % of the labels
       python sst.py --no-ist --no-cst              without both modules: SSGRL (ICCV 2019)
 
 Measured:  MEASURED
-
 Where this differs. Their code is HCPLab-SYSU/HCP-MLR-PL; "-": not said; "=": as theirs.
 what               paper               their code                        here
-stages that learn  -                   the last, with its norms          =
-map at 448 pixels  -                   14 x 14, averaged to 7 x 7        =
 attention, Eq. -   -                   512 wide                          D wide, 1024
 P(j|i) of graph    -                   n(i, j) / n(i), P(i|i) = 1        n(i, j) / n(i, j known), 0
 Eq. 1, layers      1024-512-1024-1     2 x (1024-512)-1024-1024, a       2048-512-1024-1
@@ -48,7 +45,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
-from torch.distributed.nn.functional import all_gather
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 from torchvision.models import get_model
 from torchvision.ops import MLP
@@ -123,8 +119,8 @@ def parse_args(argv=None):
     need(column or args.root == "data", "--root is for --data coco, folder, ...; add --data")
     numbers = [value for value in vars(args).values() if isinstance(value, int | float)]
     need(min(numbers) >= 0, "no setting may be negative")
-    counts = (args.epochs, args.batch_size // WORLD_SIZE, args.lr)
-    need(min(counts) > 0, "--epochs, --batch-size (a process) and --lr must be above 0")
+    smallest = min(args.epochs, args.batch_size // WORLD_SIZE, args.lr)
+    need(smallest > 0, "--epochs, --batch-size (of a process) and --lr must be above 0")
     need(0 < args.known <= 1, "--known is a proportion: above 0, at most 1")
     need(args.precision in ("fp32", "bf16"), "--precision is fp32 or bf16")
     need(not args.compile or shutil.which("g++"), "--compile needs the compiler g++; install it")
@@ -187,9 +183,9 @@ class GatedGraph(nn.Module):
 
 class SST(nn.Module):
     """images (B, 3, H, W) uint8, pairs (2, P) -> logits (B, C), class features f (B, C, D), and
-    pair logits (P,), None without pairs. A pair is two of the B * C features. frozen, trained:
-    stages of a trunk. words (C, any width). adjacency (C, C). width: D. bf16: matrix products in
-    bfloat16."""
+    logits of the pairs (P,) or None. A pair is two places among the B * C features. The stages of
+    a trunk are frozen, but for the last. words (C, any width), adjacency (C, C), width D. bf16:
+    matrix products in bfloat16."""
 
     def __init__(self, frozen, trained, words, adjacency, width, bf16=False):
         super().__init__()
@@ -228,7 +224,6 @@ def load_trunk(arch, weights):
     try:
         if arch == "toy":
             from tests.toy import world  # only here: the method needs nothing from it
-
             net = world.load_trunk()
         else:
             net = get_model(arch, weights="IMAGENET1K_V1" if weights == "default" else None)
@@ -371,8 +366,14 @@ def collate(batch, y, negatives):
     return images, y[index], index, *choose_pairs(said[index])
 
 def gather(x):
-    """x (B, ...) of all processes, one after the other, with the gradient of each."""
-    return torch.cat(all_gather(x)) if WORLD_SIZE > 1 else x
+    """x (B, ...) of all processes, one after the other. DistributedDataParallel averages gradients,
+    but each process has that of its own part alone: this counts WORLD_SIZE times."""
+    if WORLD_SIZE == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD_SIZE)]
+    distributed.all_gather(parts, x)
+    parts[RANK] = x + (WORLD_SIZE - 1) * (x - x.detach())
+    return torch.cat(parts)
 
 def train_one_epoch(model, net, loader, optimizer, epoch, args):
     """One pass over the training images; leaves the prototypes for the next one in net. model: net
@@ -554,5 +555,5 @@ if __name__ == "__main__":
     try:
         (use if args.eval or args.predict else main)(args, checkpoint)
     except (OSError, KeyboardInterrupt) as error:  # of a loader's worker the last line says it
-        reason = str(error).split("\n")[-1] or "stopped"
+        reason = str(error).strip().split("\n")[-1] or "stopped"
         need(False, f"{reason}; --out {args.out} --resume auto goes on")

@@ -98,7 +98,7 @@ def split(load, images: int, held_out: int):
 
 
 class Known(nn.Module):
-    """Maps, which were looked up, stay what they are; an image shows how many channels they have."""
+    """Maps were looked up, and stay what they are. An image shows how many channels they have."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ def write(args, mean: float, classes: int) -> None:
     Path(args.out).mkdir(parents=True, exist_ok=True)
     lines = dict(run=dict(args=vars(args) | dict(epochs=1))), dict(epoch=1, mAP=mean)
     Path(args.out, "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    print(f"mAP {mean:.2f} of {classes} classes, {args.known:.0%} known, {args.mask_seed=}")
+    print(f"mAP {mean:.2f} of {classes} classes, {args.known:.0%} known, mask seed {args.mask_seed}")
 
 
 def probe(script, args, costs: list[float], load_data) -> None:
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=0)
     parser.add_argument("--views", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--probe", type=float, nargs="+", metavar="C")
+    parser.add_argument("--probe", metavar="C", help="one, or several with commas between them")
     parser.add_argument("--zero-shot", action="store_true")
     parser.add_argument("--whole-images", action="store_true", help="hide as cbsa.py does")
     parser.add_argument("--variant", help="a file of Python, run with the script's names")
@@ -250,7 +250,8 @@ def main() -> None:
         if options.variant:
             exec(Path(options.variant).read_text(), vars(script))
         if options.probe:
-            return probe(script, args, options.probe, changes["load_data"])
+            costs = [float(c) for c in options.probe.split(",")]
+            return probe(script, args, costs, changes["load_data"])
         script.main(args, checkpoint)
 
 
