@@ -391,7 +391,7 @@ def train_one_epoch(model, net, teacher, loader, optimizer, labels, epoch, args)
     names = "loss loss_lab loss_unl loss_ctx_lab loss_ctx_unl".split()
     entry = dict(zip(names, means, strict=True))
     entry["seconds"] = time.time() - start  # of training alone
-    entry["images_per_second"] = len(loader) * args.batch_size / entry["seconds"]
+    entry["images_per_second"] = len(loader.dataset) / entry["seconds"]
     entry["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
     return entry
 

@@ -166,8 +166,9 @@ class SCINet(nn.Module):
     """images (B, 3, H, W) uint8, and unit text features (C, D) in the place of the prompt's, which
     need not be made for every batch -> logits (B, C), unit image features f (B, D).
 
-    clip: a model of open_clip, frozen. tokens (C, context length): "a photo of a {class}". rank: of
-    W. beta: where it starts; 0 is fixed. The formulas are our reading.
+    clip: a model of open_clip, which is changed: frozen, its prompt learned and no longer than the
+    classes need. tokens (C, context length): "a photo of a {class}". rank: of W. beta: where it
+    starts; 0 is fixed. The formulas are our reading.
     """
 
     def __init__(self, clip, tokens, rank, beta):
@@ -292,7 +293,7 @@ def consistency_loss(student, teacher, fused, y, thresholds, weight):
     (B, C), of an easier view, and the fused confidence (B, C). weight (B, C)."""
     q = (fused + teacher) / 2
     target = torch.where(y == 0, q, (y == 1).float())
-    passed = (target >= thresholds) | (1 - target > thresholds)
+    passed = (target >= thresholds) | (1 - target >= thresholds)
     return weighted_bce(student, target, weight * passed)
 
 def difficulty_weight(p, q, y):
@@ -309,15 +310,15 @@ def difficulty_weight(p, q, y):
 def instance_graph(f, neighbours, sigma):
     """I - A_n, A_n = D^-1/2 W D^-1/2, W_ij = exp(-|f_i - f_j|^2 / 2 sigma^2), a sparse (n, n), of
     unit features f (n, D). W keeps the nearest neighbours and is made symmetric. Paper: a Gaussian
-    of local neighbours; the formulas are our reading."""
+    of local neighbours; the formulas are our reading. An image of weights 0 has A_ii = 1."""
     w = kneighbors_graph(f, min(neighbours, len(f) - 1), mode="distance")
     w.data = np.exp(-(w.data**2) / (2 * sigma**2))
     return laplacian((w + w.T) / 2, normed=True)
 
 def label_graph(p):
     """I - A_q, A_q = D^-1/2 R D^-1/2, a (C, C), of the positive correlations R of confidences p
-    (n, C). Paper: Pearson's coefficients. Our reading: 0 for a label that does not vary, and of a
-    label with itself."""
+    (n, C). Paper: Pearson's coefficients. Our reading: 0 for a label that is 0 or 1 everywhere, and
+    of a label with itself."""
     x = normalize(p - p.mean(0), axis=0)  # of unit length, so that products are correlations
     r = (x.T @ x).clip(min=0)
     np.fill_diagonal(r, 0)
@@ -392,7 +393,7 @@ def train_one_epoch(model, net, loader, optimizer, known, args):
     names = "loss loss_known loss_medium loss_strong loss_self".split()
     entry = dict(zip(names, means, strict=True))
     entry["seconds"] = time.time() - start  # of training alone
-    entry["images_per_second"] = len(loader) * args.batch_size / entry["seconds"]
+    entry["images_per_second"] = len(loader.dataset) / entry["seconds"]
     entry["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
     return entry, scores.cpu().numpy()
 
@@ -461,6 +462,8 @@ def main(args, checkpoint):
     load = partial(load_data, args.data, args.root, limit=args.limit)
     classes, *test = load("test", fetch=args.download)  # images and labels
     _, images, truth = load("train")
+    related = min(args.neighbours, len(images) - 1)
+    need(related > 0, "--neighbours must be above 0, and the training images two or more")
     y = hide_entries(truth, args.known, args.mask_seed)
     labels = dict(classes=classes, mask=check_labels(classes, y, test[1]))
 

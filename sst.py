@@ -420,7 +420,7 @@ def train_one_epoch(model, net, loader, optimizer, epoch, args):
     means = (losses / len(loader) / WORLD_SIZE).tolist()
     entry = dict(zip("loss loss_cls loss_ist loss_cst".split(), means, strict=True))
     entry["seconds"] = time.time() - start  # of training alone
-    entry["images_per_second"] = len(loader) * args.batch_size / entry["seconds"]
+    entry["images_per_second"] = len(loader.dataset) / entry["seconds"]
     entry["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
     return entry, pseudo.cpu().numpy()
 

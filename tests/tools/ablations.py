@@ -75,6 +75,22 @@ TABLES = {  # name: amounts known, rows
             "SCINet": "scinet.py",
         },
     ),
+    "nearer": (  # what brings SST nearer to the probe
+        (0.5,),
+        {
+            "SST": KNOWN,
+            "SSGRL": SSGRL,
+            "SST, width 128": f"{KNOWN} --width 128",
+            "SST, width 256": f"{KNOWN} --width 256",
+            "SST, twice the epochs": f"{KNOWN} --epochs 24 --lr-step 18",
+            "SST, classifier from zero, bias from prior": f"--variant start_at_prior {KNOWN}",
+            "SST, dropout before the classifier": f"--variant drop_out {KNOWN}",
+            "SST, graph's input added to its output": f"--variant add_input {KNOWN}",
+            "SST, the last three": "--variant start_at_prior --variant drop_out "
+            f"--variant add_input {KNOWN}",
+            "linear probe on the trunk": "--probe {c} sst.py",
+        },
+    ),
     "images": (  # across the methods, by whole images
         (0.01, 0.05, 0.2),
         {
@@ -88,7 +104,10 @@ TABLES = {  # name: amounts known, rows
     ),
 }
 # C of the linear probes by the amount known, chosen on held-out training images with mask seed 3
-PROBES = {"sst.py": {}, "scinet.py": {}}
+PROBES = {
+    "sst.py": {0.01: 0.001},
+    "scinet.py": {0.02: 0.001, 0.1: 0.01, 0.2: 0.01, 0.5: 0.01, 1.0: 0.01},
+}  # else 0.003
 
 
 def command(row: str, known: float, seed: int, out: Path, args) -> list[str]:
@@ -110,6 +129,7 @@ def command(row: str, known: float, seed: int, out: Path, args) -> list[str]:
     else:
         own += f"--arch local-dir:{shared}/clip-mobilenet".split()
     options = f"{args.photos[0]} --threads {args.threads} --images {args.images}".split()
+    options += ["--held-out", str(args.held_out)]
     return [sys.executable, str(HERE / "photos.py"), *options, *words[:place], *own, *words[place:]]
 
 
@@ -143,6 +163,7 @@ def main() -> None:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--photos", nargs=2, metavar=("CACHE", "SHARED"))
     parser.add_argument("--images", type=int, default=3000)
+    parser.add_argument("--held-out", type=int, default=0, help="as of photos.py")
     parser.add_argument("--runs", type=Path, help="default runs/TABLE or runs/TABLE-IMAGES")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
