@@ -64,7 +64,7 @@ progress = partial(tqdm, leave=False, disable=RANK > 0 or None)  # None: only in
 RUN = dict(  # where and how a run is computed, which may change when it is resumed
     root=("data", "folder that holds the data set"),
     download=(False, "fetch coco, voc2007 or voc2012 into --root first"),
-    workers=(0, 4, "processes that decode images"),
+    workers=(0, 2, "processes that decode images; take as many as cores"),
     device=("auto", "auto, cpu or cuda"),
     compile=(False, "torch.compile the network"),
     weights=("openai", "tag of open_clip, file, or none; hf-hub: and local-dir: have their own"),
@@ -95,7 +95,7 @@ METHOD = dict(  # what is computed
     one_threshold=(False, "one threshold for all classes"),
     band=(False, True, "no pseudo-labels near a threshold"),
     ema=(0.98, 0.999, "decay of the teacher, a step"),
-    smallest_crop=(448, 320, "random crops of an image of 512 are 448, 384, ... down to this"),
+    smallest_crop=(448, 320, "random crops of an image of 512 are 512, 448, ... or this"),
     operations=(0, 2, "of RandAugment on a strong view"),
     erase=(0.1, 0.33, "largest part of a strong view that is erased"),
 )

@@ -63,7 +63,7 @@ progress = partial(tqdm, leave=False, disable=RANK > 0 or None)  # None: only in
 RUN = dict(  # where and how a run is computed, which may change when it is resumed
     root=("data", "folder that holds the data set"),
     download=(False, "fetch coco, voc2007 or voc2012 into --root first"),
-    workers=(0, 4, "processes that decode images"),
+    workers=(0, 2, "processes that decode images; take as many as cores"),
     device=("auto", "auto, cpu or cuda"),
     compile=(False, "torch.compile the network"),
     weights=("default", "of the trunk: default (of ImageNet), none, or a file"),

@@ -70,16 +70,17 @@ def backbone(stages: nn.Module, trained, views: torch.Tensor, width: int, C: int
     return step
 
 
-def sst_step(C: int = 80, known: float = 0.1, arch: str = ""):
+def sst_step(C: int = 80, known: float = 0.1, arch: str = "", whole: bool = False):
     arch = arch or ("resnet101" if cuda else "resnet18")
     size, width, B = (448, 1024, 32) if cuda else (224, 256, 8)
     if arch == "resnet101" and not cuda:
         size, width, B = 448, 1024, 2
     flags = f"--data coco --arch {arch} --weights none --size {size} --width {width} --glove none"
     args, _ = sst.parse_args(f"{flags} --precision {'bf16' if cuda else 'fp32'}".split())
-    classes = [f"class {c}" for c in range(C)]
+    classes = [f"{c} things" for c in range(C)]
     y = partial_labels(2000, C, known)
     net = place(sst.build(args, classes, y.numpy(), None))
+    net.frozen.requires_grad_(whole)
     optimizer = torch.optim.Adam(net.parameters(), args.lr)
     net.prototypes.copy_(torch.randn(C, width))
     images = torch.randint(256, (B, 3, size, size), dtype=torch.uint8)
@@ -92,7 +93,9 @@ def sst_step(C: int = 80, known: float = 0.1, arch: str = ""):
     def floor():
         frozen, trained = sst.load_trunk(arch, "none")
         width = net.project.in_channels
-        return backbone(nn.Sequential(frozen, trained), trained.parameters(), images, width, C)
+        trunk = nn.Sequential(frozen, trained)
+        parameters = (trunk if whole else trained).parameters()
+        return backbone(trunk, parameters, images, width, C)
 
     return step, floor
 
@@ -106,7 +109,7 @@ def clip_args(script, arch: str, size: int):
 def cbsa_step(C: int = 80, arch: str = ""):
     B = 32 if cuda else 8
     args = clip_args(cbsa, arch, 224)
-    classes = [f"class {c}" for c in range(C)]
+    classes = [f"{c} things" for c in range(C)]
     y = partial_labels(2000, C, 1)
     net = place(cbsa.build(args, classes, y, None))
     teacher = place(cbsa.build(args, classes, y, None))
@@ -130,7 +133,7 @@ def cbsa_step(C: int = 80, arch: str = ""):
 def scinet_step(C: int = 80, arch: str = ""):
     B = 32 if cuda else 8
     args = clip_args(scinet, arch, 224)
-    net = place(scinet.build(args, [f"class {c}" for c in range(C)], None, None))
+    net = place(scinet.build(args, [f"{c} things" for c in range(C)], None, None))
     learned = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, args.lr)
     views = [torch.randint(256, (B, 3, 224, 224), dtype=torch.uint8) for _ in range(3)]
@@ -196,8 +199,8 @@ def print_peak(name: str, C: int) -> None:
         return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) / 1024
 
     before = used()
-    step, floor = sst_step(C)
-    call = step if name == "sst" else floor()
+    step, floor = sst_step(C, whole=name.startswith("whole"))
+    call = floor() if name.endswith("backbone") else step
     for _ in range(3):
         call()
     print(torch.cuda.max_memory_allocated() / 2**20 if cuda else used() - before)
@@ -208,6 +211,7 @@ def measurements(images: str | None):
     vit = "ViT-B-16-quickgelu"
     steps = dict(
         sst=sst_step,
+        sst_whole_trunk=lambda: sst_step(whole=True),
         sst_resnet101=lambda: sst_step(arch="resnet101"),
         cbsa=cbsa_step,
         scinet=scinet_step,
@@ -216,6 +220,7 @@ def measurements(images: str | None):
     )
     for C in (20, 200):
         steps[f"sst_{C}_classes"] = lambda C=C: sst_step(C)
+        steps[f"sst_{C}_classes_whole_trunk"] = lambda C=C: sst_step(C, whole=True)
     steps["sst_half_known"] = lambda: sst_step(known=0.5)
     for name, build in steps.items():
 
@@ -227,6 +232,8 @@ def measurements(images: str | None):
     for C in (80, 200):
         name = f"sst_memory, {C} classes: step over backbone, MB"
         yield name, lambda C=C: [peak("sst", C), peak("backbone", C)]
+        name = f"sst_whole_trunk_memory, {C} classes: step over backbone, MB"
+        yield name, lambda C=C: [peak("whole", C), peak("whole backbone", C)]
     for size in (640, 4000):
 
         def per_core(size=size):
