@@ -299,7 +299,7 @@ def test_warm_up_draws_labelled_images_only(done):
 
 
 def test_the_student_sees_strong_views(done):
-    *_, operations, erasing = done.data.views[0].transforms
+    *_, operations, _, erasing = done.data.views[0].transforms
     assert (operations.num_ops, erasing.p, erasing.scale) == (1, 0.5, (0.02, 0.1))
 
 

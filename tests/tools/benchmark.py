@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import cbsa  # noqa: E402
@@ -161,11 +160,11 @@ def load_images(size: int, images: str | None, number: int):
             paths.append(folder / f"{k}.jpg")
             Image.fromarray(scene).resize((size, 3 * size // 4)).save(paths[-1], quality=90)
     data = common.ImageDataset(paths, 448, 256)
-    plain = [common.make_view(448), v2.ToImage()]
+    plain = common.make_view(448)
 
     def whole():  # decoded at its full size
         for path in paths:
-            plain[0](Image.open(path).convert("RGB"))
+            plain(Image.open(path).convert("RGB"))
 
     return lambda: [data[k] for k in range(len(paths))], whole, len(paths)
 
