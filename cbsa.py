@@ -10,7 +10,7 @@ classes that occur together. The unlabelled images get pseudo-labels, by a thres
 
 Run:  python cbsa.py                              toy world, 5 % of the images labelled
       python cbsa.py --data coco --known 0.05     COCO 2014 in data/
-      python cbsa.py --warm-up 99                 supervised: the unlabelled images are not used
+      python cbsa.py --warm-up 99                 supervised: no loss on unlabelled images
 
 Measured:  MEASURED
 
@@ -18,15 +18,15 @@ Where this differs. Docstrings say (abstract) or (Figure) for what rests on thes
 what                abstract and captions               here (our reading)
 label features      from CLIP's text encoder            attention of a text of its own, "where"
 alignment           one text, one label feature         cosine with a second text, "what"
-prompts             -                                   1 to 4 sentences of each kind
+prompts             -                                   3 sentences (where), 4 (what); toy 1
 contexts            spectral clustering of the          the same, of a smoothed P(j|i); C / 8,
-                    correlation of labels               but at least 4
+                    correlation of labels               not under 4, not over C / 2
 context task        on all images                       a linear head on CLIP's image feature
 pseudo-labels       thresholds for each class           by rank, as many as the labelled images
                                                         suggest, each epoch; none near threshold
 teacher             -                                   moving average of the network, weak views
 what learns         -                                   the last stage of the image tower, the head
-loss                -                                   asymmetric loss, five parts
+loss                -                                   asymmetric loss, four parts
 """
 
 import argparse
@@ -117,7 +117,7 @@ def parse_args(argv=None):
         same = saved[name] == given[name]
         need(same, f"--resume: {name} was {saved[name]}; leave it so, or take another --out")
     given = saved | given
-    column = 0 if given.get("data", "toy") == "toy" else -2
+    column = 0 if given.get("data", "toy") == "toy" else -2  # the last is the meaning
     new = f"runs/{Path(__file__).stem}-{time.strftime('%m%d-%H%M%S')}"
     defaults = {name: row[column] for name, row in (RUN | METHOD).items()} | dict(out=new)
     args = argparse.Namespace(**defaults | given)
@@ -202,6 +202,7 @@ def load_clip(arch, weights, size):
         assert spec, "open_clip does not know it"
         plain = "custom_text" not in spec and "hf_model_name" not in spec["text_cfg"]
         assert plain, "its text tower is not as CLIP's and takes no prompts"
+        # whether these weights were trained with QuickGELU
         quick = open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu", False)
         made = dict(load_weights=load, require_pretrained=load, force_quick_gelu=quick)
         clip = open_clip.create_model(arch, tag, **made)
@@ -251,7 +252,8 @@ def prompt_tokens(tokenize, sentence, classes):
     return tokens
 
 def last_stage(visual):
-    """Parameters of an image tower's last stage and of what comes after it."""
+    """Parameters of an image tower's last stage and of the modules after it. The projection of a
+    ViT, which is no module, stays as it is."""
     if hasattr(visual, "trunk"):
         stage = visual.trunk.get_submodule(visual.trunk.feature_info[-1]["module"])
     elif hasattr(visual, "layer4"):
@@ -271,8 +273,7 @@ def text_features(clip, tokenize, sentences, classes):
 @torch.no_grad()
 def build(args, classes, y, checkpoint):
     """The network of a run: a new one for labelled y (images, C), or that of a checkpoint."""
-    weights = "none" if checkpoint else args.weights
-    clip, tokenize, args.size = load_clip(args.arch, weights, args.size)
+    clip, tokenize, args.size = load_clip(args.arch, args.weights, args.size)
     sentences = 1 if args.data == "toy" else 4  # its CLIP has learned the first of each
     what = text_features(clip, tokenize, WHAT[:sentences], classes)
     where = text_features(clip, tokenize, WHERE[:sentences], classes)
@@ -303,14 +304,14 @@ def asymmetric_loss(logits, y, gamma=4, margin=0.05):
     return -total / (y != 0).sum().clamp(min=1)
 
 def class_prior(y):
-    """How often each class shows in labelled images, (C,): (sum y + 1/2) / (n + 1). Our reading."""
+    """How often each class shows in labelled images, (C,), ours: (present + 1/2) / (known + 1)."""
     return ((y == 1).sum(0) + 0.5) / ((y != 0).sum(0) + 1)
 
 def find_contexts(y, number, smooth=1.0, epsilon=1e-3):
     """Contexts (abstract, Figure 5): membership (C, G) in {0, 1} by spectral clustering of the
-    labels' correlation. y (images, C), labelled; number of contexts, 0 for C / 8, at least 4.
+    labels' correlation. y (images, C), labelled; number of contexts; 0: C / 8, 4 to C / 2.
     P(j|i) = (n_ij + smooth P(j)) / (n_i + smooth) is made symmetric, its diagonal 0; epsilon off
-    the diagonal keeps a label that never co-occurs from being a context by itself. Our reading."""
+    the diagonal keeps all affinities positive. Our reading."""
     C = y.shape[1]
     number = number or min(C // 2, max(4, C // 8))
     need(1 <= number <= C, f"--contexts must be from 1 to {C}, and there must be 2 classes or more")
@@ -330,8 +331,8 @@ def context_labels(y, member):
 
 def label_by_rank(scores, number, band):
     """Of each column of scores (m, C) the number (C,) highest are 1, ties by order, the others -1:
-    int8. band: 0 for the lower half of the positives and, down to twice their count, of the
-    negatives."""
+    int8. band: 0 for the lower half of the positives, and for as many of the negatives as there
+    are positives, at most half of them, those of highest scores."""
     rank = scores.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
     positives_end = number
     negatives_start = number
@@ -350,8 +351,9 @@ def pseudo_labels(scores, y, one_threshold=False, band=False):
     taught = (y == 1).any(0) & (y == -1).any(0)
     number = (class_prior(y) * len(scores)).round().long() * taught  # (C,)
     if one_threshold:
-        ranked = scores[:, taught].flatten().sort(descending=True).values
-        number = (scores > ranked[number.sum()]).sum(0) * taught
+        allowed = scores.where(taught, -torch.inf)
+        highest = allowed.flatten().topk(number.sum()).indices
+        number = (highest % len(taught)).bincount(minlength=len(taught))
     return label_by_rank(scores, number, band) * taught
 
 # ------------------------------------------------------------------------- training and evaluation
@@ -447,7 +449,7 @@ def start_device(name):
         name = name.replace("auto", "cuda")
         torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.benchmark = True  # all batches are of one size
+        torch.backends.cudnn.benchmark = True  # nearly all batches are of one size
     try:
         device = torch.zeros(1, device=name.replace("auto", "cpu")).device
     except (RuntimeError, AssertionError) as error:
@@ -561,4 +563,4 @@ if __name__ == "__main__":
         (use if args.eval or args.predict else main)(args, checkpoint)
     except (OSError, KeyboardInterrupt) as error:  # of a loader's worker the last line says it
         reason = str(error).strip().split("\n")[-1] or "stopped"
-        need(False, f"{reason}; --out {args.out} --resume auto goes on")
+        need(False, f"{reason}; training goes on with --out {args.out} --resume auto")

@@ -295,7 +295,7 @@ def make_view(size, smallest_crop=0, operations=0, erase=0.0, part=0.1):
         crop = v2.RandomChoice([v2.RandomCrop(side) for side in sides])
         steps += [v2.Resize((sides[0], sides[0]), bicubic), crop, v2.RandomHorizontalFlip()]
     steps += [v2.Resize((size, size), bicubic), v2.RandAugment(operations)]
-    steps += [v2.ToImage(), v2.RandomErasing(erase, (0.02, part))]
+    steps += [v2.ToImage(), v2.RandomErasing(erase, (min(0.02, part), part))]
     return v2.Compose(steps)
 
 class ImageDataset(Dataset):

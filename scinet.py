@@ -26,7 +26,7 @@ labels' graph     Pearson, weight 0.4    a file, top-k                  Pearson 
 views             weak, medium, strong   0, 3 and 1 x RandAugment       0, 1 and 3 x, parts erased
 teacher           -                      the view of 3 of that of 1     easier view and fusion
 threshold         dynamic                tau a / (2 - a)                =, never under 1/2
-unknown label     -                      absent, at first               no loss unless it passes
+unknown label     -                      absent unless p > 0.6          no loss unless it passes
 self-distilling   yes                    none                           --lambda-s 1; off
 """
 
@@ -117,7 +117,7 @@ def parse_args(argv=None):
         same = saved[name] == given[name]
         need(same, f"--resume: {name} was {saved[name]}; leave it so, or take another --out")
     given = saved | given
-    column = 0 if given.get("data", "toy") == "toy" else -2
+    column = 0 if given.get("data", "toy") == "toy" else -2  # the last is the meaning
     new = f"runs/{Path(__file__).stem}-{time.strftime('%m%d-%H%M%S')}"
     defaults = {name: row[column] for name, row in (RUN | METHOD).items()} | dict(out=new)
     args = argparse.Namespace(**defaults | given)
@@ -221,6 +221,7 @@ def load_clip(arch, weights, size):
         assert spec, "open_clip does not know it"
         plain = "custom_text" not in spec and "hf_model_name" not in spec["text_cfg"]
         assert plain, "its text tower is not as CLIP's and takes no prompts"
+        # whether these weights were trained with QuickGELU
         quick = open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu", False)
         made = dict(load_weights=load, require_pretrained=load, force_quick_gelu=quick)
         clip = open_clip.create_model(arch, tag, **made)
@@ -271,8 +272,7 @@ def prompt_tokens(tokenize, sentence, classes):
 
 def build(args, classes, y, checkpoint):
     """The network of a run: a new one, or that of a checkpoint."""
-    weights = "none" if checkpoint else args.weights
-    clip, tokenize, args.size = load_clip(args.arch, weights, args.size)
+    clip, tokenize, args.size = load_clip(args.arch, args.weights, args.size)
     tokens = prompt_tokens(tokenize, "a photo of a {}", classes)
     net = SCINet(clip, tokens, args.rank, args.beta)
     net.bf16 = args.precision == "bf16"
@@ -309,16 +309,16 @@ def difficulty_weight(p, q, y):
 
 def instance_graph(f, neighbours, sigma):
     """I - A_n, A_n = D^-1/2 W D^-1/2, W_ij = exp(-|f_i - f_j|^2 / 2 sigma^2), a sparse (n, n), of
-    unit features f (n, D). W keeps the nearest neighbours and is made symmetric. Paper: a Gaussian
-    of local neighbours; the formulas are our reading. An image of weights 0 has A_ii = 1."""
+    unit features f (n, D). W is 0 but for the nearest neighbours; then the mean with its transpose.
+    Paper: a Gaussian of local neighbours; our formulas. An image of weights 0 has A_ii = 1."""
     w = kneighbors_graph(f, min(neighbours, len(f) - 1), mode="distance")
     w.data = np.exp(-(w.data**2) / (2 * sigma**2))
     return laplacian((w + w.T) / 2, normed=True)
 
 def label_graph(p):
     """I - A_q, A_q = D^-1/2 R D^-1/2, a (C, C), of the positive correlations R of confidences p
-    (n, C). Paper: Pearson's coefficients. Our reading: 0 for a label that is 0 or 1 everywhere, and
-    of a label with itself."""
+    (n, C). Paper: Pearson's coefficients. Our reading: 0 for a label that is 0 or 1 everywhere (its
+    A_cc is 1), and of a label with itself."""
     x = normalize(p - p.mean(0), axis=0)  # of unit length, so that products are correlations
     r = (x.T @ x).clip(min=0)
     np.fill_diagonal(r, 0)
@@ -429,7 +429,7 @@ def start_device(name):
         name = name.replace("auto", "cuda")
         torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.benchmark = True  # all batches are of one size
+        torch.backends.cudnn.benchmark = True  # nearly all batches are of one size
     try:
         device = torch.zeros(1, device=name.replace("auto", "cpu")).device
     except (RuntimeError, AssertionError) as error:
@@ -514,8 +514,9 @@ def fit(net, train, test, s, l_n, labels, args, checkpoint):
 
     # loop
     for epoch in range(len(log), args.epochs + 1):  # the first entry of the log is the run
-        torch.manual_seed(1000 * args.seed + epoch)  # a resumed run repeats its epoch
-        sampler.set_epoch(epoch)
+        seed = 1000 * args.seed + epoch  # a resumed run repeats its epoch
+        torch.manual_seed(seed)
+        sampler.set_epoch(seed)
         fused, q, thresholds = complete(s, y, l_n, args)
         known = (y, fused, thresholds)
         losses, scores = train_one_epoch(model, net, loader, optimizer, known, args)
@@ -553,4 +554,4 @@ if __name__ == "__main__":
         (use if args.eval or args.predict else main)(args, checkpoint)
     except (OSError, KeyboardInterrupt) as error:  # of a loader's worker the last line says it
         reason = str(error).strip().split("\n")[-1] or "stopped"
-        need(False, f"{reason}; --out {args.out} --resume auto goes on")
+        need(False, f"{reason}; training goes on with --out {args.out} --resume auto")

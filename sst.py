@@ -26,7 +26,7 @@ Eq. 6              all positives       the last 100, of fewer some 0     all of 
 Eq. 7-8, pairs     all                 known, n < m, at most 6 others    known, n != m, a mean of
                                        for a (+, +), one mean            (+, +), one of the others
 Eq. 9              mean over an image  mean over the batch               as the paper, with a minus
-Eq. 10             three losses        one of them in 5 epochs           three losses
+Eq. 10             three losses        the first in epochs 1-5           three losses
 L_ist and L_cst    constant weight     grow within the first epoch       constant weight
 batch size         32                  8                                 32
 """
@@ -112,7 +112,7 @@ def parse_args(argv=None):
         same = saved[name] == given[name]
         need(same, f"--resume: {name} was {saved[name]}; leave it so, or take another --out")
     given = saved | given
-    column = 0 if given.get("data", "toy") == "toy" else -2
+    column = 0 if given.get("data", "toy") == "toy" else -2  # the last is the meaning
     new = f"runs/{Path(__file__).stem}-{time.strftime('%m%d-%H%M%S')}"
     defaults = {name: row[column] for name, row in (RUN | METHOD).items()} | dict(out=new)
     args = argparse.Namespace(**defaults | given)
@@ -205,7 +205,7 @@ class SST(nn.Module):
     def forward(self, images, pairs=None):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.trained(self.frozen(normalise(images)))  # (B, channels, h, w)
-            if x.shape[-1] > 8:  # positions a side
+            if x.shape[-1] > 8:  # positions a side; the authors' code pools too
                 x = F.avg_pool2d(x, 2)
             x = self.norm(self.project(x))  # (B, D, h, w)
             f = self.sarl(x.flatten(2).transpose(1, 2))  # (B, N, D) -> (B, C, D)
@@ -219,8 +219,8 @@ class SST(nn.Module):
             return logits.float(), f.float(), pair_logits.float()
 
 def load_trunk(arch, weights):
-    """The trunk of the toy world, or a ResNet of torchvision with weights: default (of ImageNet),
-    none, or a file. Returns all stages but the last, and the last."""
+    """The trunk of the toy world, which has its own weights, or a ResNet of torchvision; weights:
+    default (of ImageNet), none, or a file. Returns all stages but the last, and the last."""
     try:
         if arch == "toy":
             from tests.toy import world  # only here: the method needs nothing from it
@@ -262,7 +262,6 @@ def read_words(path, data, classes):
 def build(args, classes, y, checkpoint):
     """The network of a run: a new one for known labels y (images, C), or that of a checkpoint."""
     if checkpoint:
-        args.weights = "none"
         words = checkpoint["model"]["sarl.words"]
         adjacency = checkpoint["model"]["graph.adjacency"]
     else:
@@ -270,9 +269,9 @@ def build(args, classes, y, checkpoint):
         adjacency = cooccurrence(torch.tensor(y))
     trunk = load_trunk(args.arch, args.weights)
     net = SST(*trunk, words, adjacency, args.width, args.precision == "bf16")
-    net.phi_intra.requires_grad_(args.ist)
+    net.phi_intra.requires_grad_(args.ist)  # DistributedDataParallel wants all to be used
     net.eval()(torch.zeros(1, 3, 64, 64))  # a small image shows how many channels the map has
-    if WORLD_SIZE > 1 and torch.cuda.is_available():
+    if WORLD_SIZE > 1 and torch.cuda.is_available() and args.device != "cpu":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     if checkpoint:
         net.load_state_dict(checkpoint["model"])
@@ -367,7 +366,7 @@ def collate(batch, y, negatives):
 
 def gather(x):
     """x (B, ...) of all processes, one after the other. DistributedDataParallel averages gradients,
-    but each process has that of its own part alone: this counts WORLD_SIZE times."""
+    but each process has that of its own part alone: it counts WORLD_SIZE times here."""
     if WORLD_SIZE == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD_SIZE)]
@@ -380,7 +379,7 @@ def train_one_epoch(model, net, loader, optimizer, epoch, args):
     or its DistributedDataParallel. Returns the mean losses and the completed labels (images, C)."""
     start = time.time()
     model.train()
-    net.frozen.eval()  # its batch norms keep the statistics of ImageNet
+    net.frozen.eval()  # its batch norms keep their statistics
     device = net.bias.device
     theta = threshold(epoch, args.theta)
     # what an epoch adds up is read at its end: no step waits for the device
@@ -454,7 +453,7 @@ def start_device(name):
         name = name.replace("auto", "cuda")
         torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.benchmark = True  # all batches are of one size
+        torch.backends.cudnn.benchmark = True  # nearly all batches are of one size
     try:
         device = torch.zeros(1, device=name.replace("auto", "cpu")).device
     except (RuntimeError, AssertionError) as error:
@@ -524,8 +523,9 @@ def fit(net, train, test, labels, args, checkpoint):
 
     # loop
     for epoch in range(len(log), args.epochs + 1):  # the first entry of the log is the run
-        torch.manual_seed(1000 * args.seed + epoch)  # a resumed run repeats its epoch
-        sampler.set_epoch(epoch)
+        seed = 1000 * args.seed + epoch  # a resumed run repeats its epoch
+        torch.manual_seed(seed)
+        sampler.set_epoch(seed)
         lr = args.lr if epoch <= args.lr_step else args.lr / 10
         optimizer.param_groups[0]["lr"] = lr
         losses, pseudo = train_one_epoch(model, net, loader, optimizer, epoch, args)
@@ -556,4 +556,4 @@ if __name__ == "__main__":
         (use if args.eval or args.predict else main)(args, checkpoint)
     except (OSError, KeyboardInterrupt) as error:  # of a loader's worker the last line says it
         reason = str(error).strip().split("\n")[-1] or "stopped"
-        need(False, f"{reason}; --out {args.out} --resume auto goes on")
+        need(False, f"{reason}; training goes on with --out {args.out} --resume auto")

@@ -203,6 +203,13 @@ def test_one_threshold_gives_as_many_positives_in_total(taught):
     assert taught[0][one == 1].min() > taught[0][one == -1].max()
 
 
+def test_one_threshold_without_a_class_that_is_taught_or_with_one_image(taught):
+    scores, y = taught
+    assert not cbsa.pseudo_labels(scores, y[:, :2].repeat(1, 3)[:, :C], one_threshold=True).any()
+    often = torch.where(torch.arange(30)[:, None] == 0, -1, 1).expand(30, C)
+    assert (cbsa.pseudo_labels(scores[:1], often, one_threshold=True) == 1).all()
+
+
 def test_losses_and_pseudo_labels_run_alone_when_they_are_copied(rng, taught):
     section = re.split("# -{9,} .*", inspect.getsource(cbsa))[2]
     alone = dict(torch=torch, F=F, need=cbsa.need, SpectralClustering=SpectralClustering)
@@ -214,6 +221,11 @@ def test_losses_and_pseudo_labels_run_alone_when_they_are_copied(rng, taught):
         pseudo_labels=(*taught, False, True),
     ).items():
         assert torch.equal(alone[name](*given), getattr(cbsa, name)(*given))
+
+
+def test_nothing_is_erased_if_erase_is_0():
+    view = cbsa.ImageDataset(IMAGES, 64, strengths=[(0, 0.5, 0.0)])
+    assert all(torch.equal(view[0][0], torch.tensor(IMAGES[0]).permute(2, 0, 1)) for _ in range(9))
 
 
 @pytest.mark.parametrize(("number", "share"), [(1, 1 / 8), (100, 1 / 8), (500, 1 / 2)])

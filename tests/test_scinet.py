@@ -271,6 +271,13 @@ def test_lambda_s_adds_the_self_distillation_which_is_off_by_default(flags, fact
     loss = entry["loss_known"] + 0.7 * (entry["loss_medium"] + entry["loss_strong"])
     assert entry["loss"] == pytest.approx(loss + factor * entry["loss_self"])
 
+def test_the_order_of_the_images_depends_on_the_seed(trained):
+    orders = []
+    for _, _, _, calls in (trained, train("--seed", "1")):
+        (_, _, loader, *_), _ = calls[0]
+        orders.append([*loader.sampler])
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
 def test_medium_and_strong_views_are_ever_harder(trained):
     (_, _, loader, *_), _ = trained[3][0]
     last = [view.transforms[-3::2] for view in loader.dataset.views]

@@ -132,7 +132,7 @@ def test_a_resumed_run_may_change_where_it_runs_and_not_what_it_computes(name, r
 @each
 def test_an_interrupted_run_says_how_to_go_on(name, run, tmp_path):
     result = run(name, *small(name), "--out", "run", stop=(2, signal.SIGINT))
-    assert refused(result, "stopped; --out run --resume auto goes on")
+    assert refused(result, "stopped; training goes on with --out run --resume auto")
     assert run(name, "--out", "run", "--resume", "auto")[0] == 0
 
 
@@ -271,7 +271,7 @@ def test_an_image_of_coco_that_is_broken_ends_the_run_with_its_name(workers, run
     served.make_coco(tmp_path / "data")
     (tmp_path / "data/train2014/3.jpg").write_bytes(b"no image")
     result = run("sst", *COCO, "--workers", workers, "--out", "run")
-    assert refused(result, "3.jpg", "--out run --resume auto goes on")
+    assert refused(result, "3.jpg", "training goes on with --out run")
 
 
 COCO = "--data coco --known 0.5 --arch resnet18 --weights none --size 64 --width 8".split()

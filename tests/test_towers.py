@@ -112,17 +112,22 @@ def test_the_size_is_the_towers_own_unless_it_is_given(tmp_path):
 
 def test_a_tag_whose_weights_were_made_with_quick_gelu_gets_it(monkeypatch, tmp_path, rng):
     """The name is one without -quickgelu: RN50, ViT-B-16, ..., of OpenAI."""
-    quick = load(write(tmp_path, quick_gelu=True))
+    words = dict(text_cfg=TEXT | dict(vocab_size=49408))  # of CLIP's tokenizer
+    quick = load(write(tmp_path, quick_gelu=True, **words))
     torch.save(quick.state_dict(), tmp_path / "clip.pth")
     tag = PREPROCESS | dict(file=tmp_path / "clip.pth")
     tags = dict(openai=tag | dict(quick_gelu=True), other=tag)
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small", SPEC)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small", SPEC | words)
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small", tags)
     images = random_images(rng, 64, 2)
     towers = [quick.visual, *(cbsa.load_clip("small", tag, 0)[0].visual for tag in tags)]
     expected, ours, other = (cbsa.clip_features(tower, images)[0] for tower in towers)
     torch.testing.assert_close(ours, expected)
     assert not torch.allclose(other, expected, atol=1e-4)
+    args = scinet.parse_args("--data coco --arch small --weights openai".split())[0]
+    net = scinet.build(args, ["cat", "dog"], None, None)
+    again = scinet.build(args, ["cat", "dog"], None, dict(model=net.state_dict()))
+    torch.testing.assert_close(net.eval()(images), again.eval()(images))
 
 
 def test_a_folder_is_looked_for_here_and_then_beside_the_script(monkeypatch, tmp_path):
