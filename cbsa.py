@@ -232,7 +232,7 @@ def clip_features(visual, images):
         maps = x.flatten(2).transpose(1, 2).flatten(0, 1)[:, :, None, None]  # (B * N, D_in, 1, 1)
         u = visual.head(visual.trunk.forward_head(maps)).unflatten(0, (len(x), -1))
     else:
-        out = visual.forward_intermediates(x, indices=1 if pool else 2)
+        out = visual.forward_intermediates(x, indices=1 if pool else 2)  # how many of the last
         f = out["image_features"]
         x = out["image_intermediates"][0].flatten(2).transpose(1, 2)  # (B, N, D_in)
         if pool:
@@ -365,13 +365,13 @@ def train_one_epoch(model, net, teacher, loader, optimizer, labels, epoch, args)
     model.train()
     net.visual.eval()  # few labelled images: CLIP's batch statistics stay
     device = net.bias.device
-    class_labels, context_labels, own = (x.to(device) for x in labels)
+    class_y, context_y, own = (x.to(device) for x in labels)
     losses = torch.zeros(5, device=device)  # read at the end: no step waits for the device
     for step, batch in enumerate(progress(loader), (epoch - 1) * len(loader) + 1):
         images, index = (x.to(device, non_blocking=True) for x in batch)
         logits, context_logits = model(images)  # (B, C), (B, G)
-        y = class_labels[index]  # (B, C)
-        contexts = context_labels[index]  # (B, G)
+        y = class_y[index]  # (B, C)
+        contexts = context_y[index]  # (B, G)
         known = own[index]  # (B, 1)
         loss_lab = asymmetric_loss(logits, y * known)
         loss_unl = asymmetric_loss(logits, y * (1 - known))
@@ -385,7 +385,7 @@ def train_one_epoch(model, net, teacher, loader, optimizer, labels, epoch, args)
         optimizer.step()
         # at first a plain mean, so that few steps do not leave the teacher at its start
         average = get_ema_multi_avg_fn(min(args.ema, 1 - 1 / step))
-        average([*teacher.parameters()], [*net.parameters()], None)
+        average([*teacher.parameters()], [*net.parameters()], None)  # needs no count
         losses += torch.stack((loss, loss_lab, loss_unl, loss_ctx_lab, loss_ctx_unl)).detach()
     if WORLD_SIZE > 1:
         distributed.all_reduce(losses)

@@ -251,7 +251,7 @@ def clip_features(visual, images):
         maps = x.flatten(2).transpose(1, 2).flatten(0, 1)[:, :, None, None]  # (B * N, D_in, 1, 1)
         u = visual.head(visual.trunk.forward_head(maps)).unflatten(0, (len(x), -1))
     else:
-        out = visual.forward_intermediates(x, indices=1 if pool else 2)
+        out = visual.forward_intermediates(x, indices=1 if pool else 2)  # how many of the last
         f = out["image_features"]
         x = out["image_intermediates"][0].flatten(2).transpose(1, 2)  # (B, N, D_in)
         if pool:
@@ -486,7 +486,7 @@ def fit(net, train, test, s, l_n, labels, args, checkpoint):
     which a resumed run must share with its checkpoint."""
     images, y, truth = train
     medium = (args.operations // 3, args.erase / 2)
-    strong = (args.operations, args.erase)
+    strong = (args.operations, args.erase)  # and a weak view, without either
     data = ImageDataset(images, args.size, args.smallest_crop, [(), medium, strong])
     sampler = DistributedSampler(data, WORLD_SIZE, RANK)
     loader = make_loader(data, args, sampler)

@@ -143,8 +143,8 @@ def load_checkpoint(resume, out):
 
 # ------------------------------------------------------------------------------------------- model
 class SemanticDecoupling(nn.Module):
-    """Class features by low-rank bilinear attention (SSGRL) over the N positions of the map:
-    x (B, N, D) -> (B, C, D). words (C, any width)."""
+    """Class features by bilinear attention (SSGRL) over the N positions of the map x (B, N, D):
+    sum_n softmax_n(a . tanh(U x_n * V w_c)) x_n, (B, C, D). w: words (C, any width)."""
 
     def __init__(self, words, width):
         super().__init__()
@@ -162,7 +162,7 @@ class SemanticDecoupling(nn.Module):
 
 class GatedGraph(nn.Module):
     """Gated graph network over classes (SSGRL, Eq. 3): f (B, C, D) -> (B, C, D) in (-1, 1).
-    adjacency (C, C): row i holds P(j|i)."""
+    adjacency (C, C): row i holds P(j|i). Messages run along the edges, and against them."""
 
     def __init__(self, adjacency, width):
         super().__init__()
@@ -240,7 +240,7 @@ def read_words(path, data, classes):
     """Word vectors (C, width): rows of an array file, or of a text file of GloVe the mean over the
     words of each class name. path: also "auto", what comes with this file, and "none", random."""
     if path == "auto":
-        name = f"glove.840B.300d.{data.replace('2012', '2007')}.npy"
+        name = f"glove.840B.300d.{data.replace('2012', '2007')}.npy"  # classes are the same
         path = f"{Path(__file__).parent}/tests/toy/{name}"
         path = path if os.path.exists(path) else "none"
     if path == "none":
