@@ -114,8 +114,7 @@ def parse_args(argv=None):
     checkpoint = load_checkpoint(given.get("resume"), given.get("out"))
     saved = checkpoint["args"] if checkpoint else {}
     for name in METHOD.keys() & given.keys() & saved.keys():
-        same = saved[name] == given[name]
-        need(same, f"--resume: {name} was {saved[name]}; leave it so, or take another --out")
+        need(saved[name] == given[name], f"--resume: {name} was {saved[name]}; leave it so")
     given = saved | given
     column = 0 if given.get("data", "toy") == "toy" else -2  # the last is the meaning
     new = f"runs/{Path(__file__).stem}-{time.strftime('%m%d-%H%M%S')}"
@@ -123,7 +122,7 @@ def parse_args(argv=None):
     args = argparse.Namespace(**defaults | given)
     need(column or args.root == "data", "--root is for --data coco, folder, ...; add --data")
     numbers = [value for value in vars(args).values() if isinstance(value, int | float)]
-    need(min(numbers) >= 0, "no setting may be negative")
+    need(all(value >= 0 for value in numbers), "no setting may be negative, or nan")
     smallest = min(args.epochs, args.batch_size // WORLD_SIZE, args.lr)
     need(smallest > 0, "--epochs, --batch-size (of a process) and --lr must be above 0")
     need(0 < args.known <= 1, "--known is a proportion: above 0, at most 1")
@@ -307,18 +306,18 @@ def class_prior(y):
     """How often each class shows in labelled images, (C,), ours: (present + 1/2) / (known + 1)."""
     return ((y == 1).sum(0) + 0.5) / ((y != 0).sum(0) + 1)
 
-def find_contexts(y, number, smooth=1.0, epsilon=1e-3):
+def find_contexts(y, number):
     """Contexts (abstract, Figure 5): membership (C, G) in {0, 1} by spectral clustering of the
     labels' correlation. y (images, C), labelled; number of contexts; 0: C / 8, 4 to C / 2.
-    P(j|i) = (n_ij + smooth P(j)) / (n_i + smooth) is made symmetric, its diagonal 0; epsilon off
-    the diagonal keeps all affinities positive. Our reading."""
+    P(j|i) = (n_ij + P(j)) / (n_i + 1) is made symmetric, its diagonal 0; 0.001 off the diagonal
+    keeps all affinities positive. Our reading."""
     C = y.shape[1]
     number = number or min(C // 2, max(4, C // 8))
-    need(1 <= number <= C, f"--contexts must be from 1 to {C}, and there must be 2 classes or more")
+    need(1 <= number <= C != 1, f"--contexts must be from 1 to {C}; CBSA needs 2 classes")
     present = (y == 1).double()
-    together = present.T @ present + smooth * present.mean(0)
-    p = together / (present.sum(0)[:, None] + smooth)
-    affinity = ((p + p.T) / 2 + epsilon).fill_diagonal_(0)
+    together = present.T @ present + present.mean(0)
+    p = together / (present.sum(0)[:, None] + 1)
+    affinity = ((p + p.T) / 2 + 1e-3).fill_diagonal_(0)
     clusters = SpectralClustering(number, affinity="precomputed", random_state=0)
     return F.one_hot(torch.tensor(clusters.fit_predict(affinity)).long()).float()
 
@@ -414,7 +413,7 @@ def evaluate(net, images, args, smallest_crop=0):
 
 def make_loader(data, args, sampler, **options):
     """Batches of this process. Its workers start anew with each epoch, as of a resumed run."""
-    size = min(args.batch_size // WORLD_SIZE, len(sampler))
+    size = min(args.batch_size // WORLD_SIZE, len(sampler)) or 1
     options |= dict(num_workers=args.workers, pin_memory=torch.cuda.is_available())
     return DataLoader(data, size, sampler=sampler, **options)
 
@@ -471,7 +470,8 @@ def use(args, checkpoint):
     found, images, y = load_data(args.data, args.root, "test", args.limit)
     need(found == classes, "--resume: the run has other classes")
     metrics = multilabel_metrics(evaluate(net, images, args)[0], y, classes)
-    print(metrics_table([metrics]), describe(metrics["AP"], classes), sep="\n")
+    print(metrics_table([metrics]))
+    print(describe(metrics["AP"], classes))
 
 def main(args, checkpoint):
     # processes and device
@@ -483,7 +483,7 @@ def main(args, checkpoint):
     classes, *test = load("test", fetch=args.download)  # images and labels
     _, images, truth = load("train")
     y = hide_images(truth, args.known, args.mask_seed)
-    labels = dict(classes=classes, mask=check_labels(classes, y, test[1]))
+    labels = dict(classes=classes, hash=check_labels(classes, y, test[1]))
 
     # network
     y = torch.tensor(y)
@@ -495,7 +495,7 @@ def main(args, checkpoint):
 
 def fit(net, train, test, labels, args, checkpoint):
     """Train net on train (images, known labels, truth), and evaluate it on test (images, labels).
-    labels: classes and mask hash, which a resumed run must share with its checkpoint."""
+    labels: classes and hash, which a resumed run must share with its checkpoint."""
     images, y, truth = train
     own = (y != 0).any(1)  # (n,), which images are labelled
     strong = (args.operations, 0.5, args.erase)
@@ -516,7 +516,7 @@ def fit(net, train, test, labels, args, checkpoint):
         optimizer.load_state_dict(checkpoint["optimizer"])
         log = checkpoint["log"]
     if RANK == 0:
-        os.makedirs(args.out, exist_ok=bool(args.resume))
+        os.makedirs(args.out, exist_ok=args.resume in ("auto", f"{args.out}/last.pt"))
 
     # several processes, and compile
     model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net
@@ -563,4 +563,4 @@ if __name__ == "__main__":
         (use if args.eval or args.predict else main)(args, checkpoint)
     except (OSError, KeyboardInterrupt) as error:  # of a loader's worker the last line says it
         reason = str(error).strip().split("\n")[-1] or "stopped"
-        need(False, f"{reason}; training goes on with --out {args.out} --resume auto")
+        need(False, f"{reason}; to go on with training: --out {args.out} --resume auto")

@@ -53,9 +53,8 @@ def class_text(name):
 
 def check_labels(classes, y, test_y):
     """Warn of classes that cannot be learned from y or measured on test_y (images, C); end the
-    program if y holds no label, or no absent one. Returns the mask hash, eight hexadecimal digits
-    that tell which entries of y are known."""
-    need(y.any(), f"none of the {y.size} training labels is known; raise --known or --limit")
+    program if y holds no label, or no absent one. Prints and returns a hash of all labels."""
+    need(y.any(), f"none of {y.size} training labels is known; raise --known, or label some images")
     need(-1 in y, "no training label is known absent; add -labels, or end complete lines with ;-")
     for fine, what in (
         ((y == 1).any(0), "without a known positive in training, which cannot be learned"),
@@ -65,7 +64,9 @@ def check_labels(classes, y, test_y):
         names = [classes[c] for c in np.flatnonzero(~fine)]
         if names:
             logging.warning(f"classes {what}: {len(names)}, such as {', '.join(names[:5])}")
-    return hashlib.sha256(np.packbits(y != 0).tobytes()).hexdigest()[:8]
+    digest = hashlib.sha256(np.concatenate((y, test_y)).astype("i1").tobytes()).hexdigest()[:8]
+    print(f"labels: {(y != 0).mean():.1%} of {len(y)} x {len(classes)} are known, hash {digest}")
+    return digest
 
 # -------------------------------------------------------------------------------------- data sets
 def load_data(name, root, part, limit=0, fetch=False):
@@ -192,8 +193,7 @@ def find_file(root, name):
     return next(filter(os.path.exists, forms), path)
 
 def parse_labels(text, column, place):
-    """`label;label;-label` -> y (C,): 1, -1 for -label, and 0 for what is left out, or -1 if there
-    is a single `-`."""
+    """`label;-label` -> y (C,) in {1, -1}; what is left out is 0, or -1 if there is a lone `-`."""
     labels = {label.strip() for label in unicodedata.normalize("NFC", text).split(";")}
     y = np.full(len(column), -1 if "-" in labels else 0, np.int8)
     for label in sorted(labels - {"", "-"}):
@@ -403,18 +403,18 @@ def save_pictures(folder, images, y, logits, classes):
     save_image(drawn, f"{folder}/samples.png", nrow=6)
 
 def save_predictions(folder, images, logits, classes):
-    """Print the labels of each image with p >= 0.5, and write all probabilities, of logits
-    (images, C), to predictions-1.csv in a folder, or, if that is there, -2, ..."""
+    """Print the labels of each image with p >= 0.5, and write all probabilities, of logits (images,
+    C), to predictions-1.csv or the next free number in a folder, with Excel's byte order mark."""
     p = torch.sigmoid(torch.as_tensor(logits))
     number = 1
     while os.path.exists(path := f"{folder}/predictions-{number}.csv"):
         number += 1
-    # a byte order mark tells Excel what it is; a name that is not UTF-8 keeps its bytes
     with open(path, "x", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         table = csv.writer(file)
         table.writerow(["path", *classes])
         for image, row in zip(images, p.tolist(), strict=True):
             table.writerow([image, *(f"{value:.4f}" for value in row)])
             likely = [f"{classes[c]} {row[c]:.2f}" for c in np.argsort(row)[::-1] if row[c] >= 0.5]
-            print(f"{image}:", ", ".join(likely) or "nothing is likely")
+            text = ", ".join(likely) or "nothing is likely"
+            print(f"{image}: {text}".encode(errors="replace").decode())
     print(f"all probabilities are in {path}; a label is likely from 0.5 on")

@@ -114,8 +114,7 @@ def parse_args(argv=None):
     checkpoint = load_checkpoint(given.get("resume"), given.get("out"))
     saved = checkpoint["args"] if checkpoint else {}
     for name in METHOD.keys() & given.keys() & saved.keys():
-        same = saved[name] == given[name]
-        need(same, f"--resume: {name} was {saved[name]}; leave it so, or take another --out")
+        need(saved[name] == given[name], f"--resume: {name} was {saved[name]}; leave it so")
     given = saved | given
     column = 0 if given.get("data", "toy") == "toy" else -2  # the last is the meaning
     new = f"runs/{Path(__file__).stem}-{time.strftime('%m%d-%H%M%S')}"
@@ -123,7 +122,7 @@ def parse_args(argv=None):
     args = argparse.Namespace(**defaults | given)
     need(column or args.root == "data", "--root is for --data coco, folder, ...; add --data")
     numbers = [value for value in vars(args).values() if isinstance(value, int | float)]
-    need(min(numbers) >= 0, "no setting may be negative")
+    need(all(value >= 0 for value in numbers), "no setting may be negative, or nan")
     smallest = min(args.epochs, args.batch_size // WORLD_SIZE, args.lr)
     need(smallest > 0, "--epochs, --batch-size (of a process) and --lr must be above 0")
     need(0 < args.known <= 1, "--known is a proportion: above 0, at most 1")
@@ -415,7 +414,7 @@ def evaluate(net, images, args):
 
 def make_loader(data, args, sampler, **options):
     """Batches of this process. Its workers start anew with each epoch, as of a resumed run."""
-    size = min(args.batch_size // WORLD_SIZE, len(sampler))
+    size = min(args.batch_size // WORLD_SIZE, len(sampler)) or 1
     options |= dict(num_workers=args.workers, pin_memory=torch.cuda.is_available())
     return DataLoader(data, size, sampler=sampler, **options)
 
@@ -451,7 +450,8 @@ def use(args, checkpoint):
     found, images, y = load_data(args.data, args.root, "test", args.limit)
     need(found == classes, "--resume: the run has other classes")
     metrics = multilabel_metrics(evaluate(net, images, args)[0], y, classes)
-    print(metrics_table([metrics]), describe(metrics["AP"], classes), sep="\n")
+    print(metrics_table([metrics]))
+    print(describe(metrics["AP"], classes))
 
 def main(args, checkpoint):
     # processes and device
@@ -465,7 +465,7 @@ def main(args, checkpoint):
     related = min(args.neighbours, len(images) - 1)
     need(related > 0, "--neighbours must be above 0, and the training images two or more")
     y = hide_entries(truth, args.known, args.mask_seed)
-    labels = dict(classes=classes, mask=check_labels(classes, y, test[1]))
+    labels = dict(classes=classes, hash=check_labels(classes, y, test[1]))
 
     # network, and what CLIP says of the training images
     net = build(args, classes, y, checkpoint).to(device, memory_format=torch.channels_last)
@@ -482,7 +482,7 @@ def main(args, checkpoint):
 
 def fit(net, train, test, s, l_n, labels, args, checkpoint):
     """Train net on train (images, known labels, truth), and evaluate it on test (images, labels).
-    s, l_n: scores (n, C) and I - A_n (n, n) of the training images. labels: classes and mask hash,
+    s, l_n: scores (n, C) and I - A_n (n, n) of the training images. labels: classes and hash,
     which a resumed run must share with its checkpoint."""
     images, y, truth = train
     medium = (args.operations // 3, args.erase / 2)
@@ -505,7 +505,7 @@ def fit(net, train, test, s, l_n, labels, args, checkpoint):
         s = checkpoint["scores"].numpy()
         log = checkpoint["log"]
     if RANK == 0:
-        os.makedirs(args.out, exist_ok=bool(args.resume))
+        os.makedirs(args.out, exist_ok=args.resume in ("auto", f"{args.out}/last.pt"))
 
     # several processes, and compile
     model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net
@@ -554,4 +554,4 @@ if __name__ == "__main__":
         (use if args.eval or args.predict else main)(args, checkpoint)
     except (OSError, KeyboardInterrupt) as error:  # of a loader's worker the last line says it
         reason = str(error).strip().split("\n")[-1] or "stopped"
-        need(False, f"{reason}; training goes on with --out {args.out} --resume auto")
+        need(False, f"{reason}; to go on with training: --out {args.out} --resume auto")

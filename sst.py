@@ -109,8 +109,7 @@ def parse_args(argv=None):
     checkpoint = load_checkpoint(given.get("resume"), given.get("out"))
     saved = checkpoint["args"] if checkpoint else {}
     for name in METHOD.keys() & given.keys() & saved.keys():
-        same = saved[name] == given[name]
-        need(same, f"--resume: {name} was {saved[name]}; leave it so, or take another --out")
+        need(saved[name] == given[name], f"--resume: {name} was {saved[name]}; leave it so")
     given = saved | given
     column = 0 if given.get("data", "toy") == "toy" else -2  # the last is the meaning
     new = f"runs/{Path(__file__).stem}-{time.strftime('%m%d-%H%M%S')}"
@@ -118,7 +117,7 @@ def parse_args(argv=None):
     args = argparse.Namespace(**defaults | given)
     need(column or args.root == "data", "--root is for --data coco, folder, ...; add --data")
     numbers = [value for value in vars(args).values() if isinstance(value, int | float)]
-    need(min(numbers) >= 0, "no setting may be negative")
+    need(all(value >= 0 for value in numbers), "no setting may be negative, or nan")
     smallest = min(args.epochs, args.batch_size // WORLD_SIZE, args.lr)
     need(smallest > 0, "--epochs, --batch-size (of a process) and --lr must be above 0")
     need(0 < args.known <= 1, "--known is a proportion: above 0, at most 1")
@@ -256,7 +255,7 @@ def read_words(path, data, classes):
             vectors = np.array([np.mean([found[word] for word in name], 0) for name in names])
         assert len(vectors) == len(classes), f"{len(vectors)} rows for {len(classes)} classes"
         return torch.tensor(vectors).float()
-    except (OSError, ValueError, LookupError, AssertionError) as error:
+    except Exception as error:  # files of any content
         need(False, f"--glove {path} has no vector for, or is not fit: {error}; none is random")
 
 def build(args, classes, y, checkpoint):
@@ -439,7 +438,7 @@ def evaluate(net, images, args):
 
 def make_loader(data, args, sampler, **options):
     """Batches of this process. Its workers start anew with each epoch, as of a resumed run."""
-    size = min(args.batch_size // WORLD_SIZE, len(sampler))
+    size = min(args.batch_size // WORLD_SIZE, len(sampler)) or 1
     options |= dict(num_workers=args.workers, pin_memory=torch.cuda.is_available())
     return DataLoader(data, size, sampler=sampler, **options)
 
@@ -475,7 +474,8 @@ def use(args, checkpoint):
     found, images, y = load_data(args.data, args.root, "test", args.limit)
     need(found == classes, "--resume: the run has other classes")
     metrics = multilabel_metrics(evaluate(net, images, args), y, classes)
-    print(metrics_table([metrics]), describe(metrics["AP"], classes), sep="\n")
+    print(metrics_table([metrics]))
+    print(describe(metrics["AP"], classes))
 
 def main(args, checkpoint):
     # processes and device
@@ -487,7 +487,7 @@ def main(args, checkpoint):
     classes, *test = load("test", fetch=args.download)  # images and labels
     _, images, truth = load("train")
     y = hide_entries(truth, args.known, args.mask_seed)
-    labels = dict(classes=classes, mask=check_labels(classes, y, test[1]))
+    labels = dict(classes=classes, hash=check_labels(classes, y, test[1]))
 
     # network
     net = build(args, classes, y, checkpoint).to(device, memory_format=torch.channels_last)
@@ -496,7 +496,7 @@ def main(args, checkpoint):
 
 def fit(net, train, test, labels, args, checkpoint):
     """Train net on train (images, known labels, truth), and evaluate it on test (images, labels).
-    labels: classes and mask hash, which a resumed run must share with its checkpoint."""
+    labels: classes and hash, which a resumed run must share with its checkpoint."""
     images, y, truth = train
     data = ImageDataset(images, args.size, args.smallest_crop)
     sampler = DistributedSampler(data, WORLD_SIZE, RANK, drop_last=True)
@@ -514,7 +514,7 @@ def fit(net, train, test, labels, args, checkpoint):
         optimizer.load_state_dict(checkpoint["optimizer"])
         log = checkpoint["log"]
     if RANK == 0:
-        os.makedirs(args.out, exist_ok=bool(args.resume))
+        os.makedirs(args.out, exist_ok=args.resume in ("auto", f"{args.out}/last.pt"))
 
     # several processes, and compile
     model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net
@@ -556,4 +556,4 @@ if __name__ == "__main__":
         (use if args.eval or args.predict else main)(args, checkpoint)
     except (OSError, KeyboardInterrupt) as error:  # of a loader's worker the last line says it
         reason = str(error).strip().split("\n")[-1] or "stopped"
-        need(False, f"{reason}; training goes on with --out {args.out} --resume auto")
+        need(False, f"{reason}; to go on with training: --out {args.out} --resume auto")

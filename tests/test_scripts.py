@@ -83,7 +83,7 @@ def test_the_log_says_what_was_run_and_what_came_out(name, run, tmp_path):
     assert run(name, *small(name), "--out", "run")[0] == 0
     first, *epochs = lines(tmp_path / "run")
     assert first["run"]["args"]["known"] == 0.3
-    assert {"command", "torch", "device", "mask", "classes"} <= first["run"].keys()
+    assert {"command", "torch", "device", "hash", "classes"} <= first["run"].keys()
     for entry in epochs:
         wanted = "epoch lr loss mAP mAP_interp AP classes OF1 CF1 pseudo_per_image seconds"
         assert {*wanted.split(), "images_per_second", "peak_memory_gb"} <= entry.keys()
@@ -125,14 +125,14 @@ def test_a_resumed_run_may_change_where_it_runs_and_not_what_it_computes(name, r
     assert run(name, *again, "--workers", 1)[0] == 0
     for flag, value in (("epochs", 3), ("lr", 0.5), ("mask-seed", 5)):
         result = run(name, *again, f"--{flag}", value)
-        assert refused(result, f"{flag.replace('-', '_')} was", "take another --out")
+        assert refused(result, f"{flag.replace('-', '_')} was", "leave it so")
     assert lines(tmp_path / "run")[0]["run"]["args"]["workers"] == 0
 
 
 @each
 def test_an_interrupted_run_says_how_to_go_on(name, run, tmp_path):
     result = run(name, *small(name), "--out", "run", stop=(2, signal.SIGINT))
-    assert refused(result, "stopped; training goes on with --out run --resume auto")
+    assert refused(result, "stopped; to go on with training: --out run --resume auto")
     assert run(name, "--out", "run", "--resume", "auto")[0] == 0
 
 
@@ -140,6 +140,9 @@ def test_a_folder_that_is_there_is_not_written_to(run, tmp_path):
     (tmp_path / "run").mkdir()
     result = run("sst", *SMALL, "--out", "run")
     assert refused(result, "run")
+    assert not any((tmp_path / "run").iterdir())
+    assert run("sst", *SMALL, "--out", "other")[0] == 0
+    assert refused(run("sst", "--resume", "other/last.pt", "--out", "run"), "run")
     assert not any((tmp_path / "run").iterdir())
 
 
@@ -271,7 +274,7 @@ def test_an_image_of_coco_that_is_broken_ends_the_run_with_its_name(workers, run
     served.make_coco(tmp_path / "data")
     (tmp_path / "data/train2014/3.jpg").write_bytes(b"no image")
     result = run("sst", *COCO, "--workers", workers, "--out", "run")
-    assert refused(result, "3.jpg", "training goes on with --out run")
+    assert refused(result, "3.jpg", "to go on with training: --out run --resume auto")
 
 
 COCO = "--data coco --known 0.5 --arch resnet18 --weights none --size 64 --width 8".split()
