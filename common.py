@@ -87,7 +87,7 @@ def load_data(name, root, part, limit=0, fetch=False):
         except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
             hint = ", which --download fetches" if name in DOWNLOADS else ""
             reason = f"{type(error).__name__}: {error}"[:300]
-            need(False, f"--data {name} needs {tree} in --root {root}{hint} ({reason})")
+            need(False, f"--data {name} --root {root}: {reason}; it needs {tree}{hint}")
     images = images[: limit or None]
     if name == "folder":  # of the large data sets each image is opened when it is used
         check_images(images)
@@ -199,7 +199,7 @@ def parse_labels(text, column, place):
     for label in sorted(labels - {"", "-"}):
         name = label.removeprefix("-")
         if name not in column or f"-{label}" in labels:
-            raise ValueError(f"{place}: {label} is no class of classes.txt, or has both signs")
+            raise ValueError(f"{place}: {label} is not in classes.txt, or has both signs")
         y[column[name]] = 1 if name == label else -1
     return y
 

@@ -182,7 +182,7 @@ def test_arrays_with_a_minus_1_keep_what_is_unknown(tmp_path):
 )
 def test_arrays_that_do_not_fit_are_refused(change, tmp_path):
     write_arrays(tmp_path, **change)
-    refused("nuswide", tmp_path, "^error: --data nuswide needs .* in --root")
+    refused("nuswide", tmp_path, "^error: --data nuswide --root .*; it needs ")
 
 
 def test_what_a_train_line_leaves_out_is_unknown(tmp_path):
@@ -213,7 +213,7 @@ def test_what_a_test_line_leaves_out_is_read_and_said(test, reading, y, tmp_path
 @pytest.mark.parametrize(
     ("file", "text", "words"),
     [
-        ("train.csv", "a.png,cat\nb.png,unicorn\n", "train.csv line 2: unicorn is no class"),
+        ("train.csv", "a.png,cat\nb.png,unicorn\n", "train.csv line 2: unicorn is not in classes.txt"),
         ("train.csv", "a.png,cat;-cat\n", "train.csv line 1: cat .* both signs"),
         ("train.csv", "\n,\na.png,cat,dog\n", "train.csv line 3 is not path,label"),
         ("train.csv", "a.png,cat\n./x/../a.png,dog\n", "train.csv: image .*a.png is there twice"),
@@ -303,7 +303,7 @@ each_list = pytest.mark.parametrize(
 def test_a_list_that_is_not_there_is_named_with_what_to_do(name, file, tmp_path):
     WRITERS[name](tmp_path)
     (tmp_path / file).unlink()
-    message = refused(name, tmp_path, f"^error: --data {name} needs .* in --root {tmp_path}")
+    message = refused(name, tmp_path, f"^error: --data {name} --root {tmp_path}: .*; it needs ")
     assert file in message
     assert ("--download" in message) == (name in ("coco", "voc2007"))
 
@@ -313,7 +313,7 @@ def test_a_list_that_is_not_there_is_named_with_what_to_do(name, file, tmp_path)
 def test_a_list_of_any_content_ends_in_one_line(name, file, content, tmp_path):
     WRITERS[name](tmp_path)
     (tmp_path / file).write_bytes(content)
-    refused(name, tmp_path, f"^error: --data {name} needs ")
+    refused(name, tmp_path, f"^error: --data {name} .*; it needs ")
 
 
 @pytest.fixture
