@@ -59,7 +59,8 @@ def main() -> None:
     with photos.patch.object(scinet, "normalise", lambda x, *given: x):
         f, clip = clip_scores(images, classes, f"{args.shared}/clip-mobilenet")
     l_n = scinet.instance_graph(f, ours.neighbours, ours.sigma)
-    print("| mAP of the hidden entries, % | " + " | ".join(f"{k:.0%} known" for k in args.known) + " |")
+    header = [f"{known:.0%} known" for known in args.known]
+    print("| mAP of the hidden entries, % | " + " | ".join(header) + " |")
     print("| --- " * (1 + len(args.known)) + "|")
     for kind in ("CLIP", "linear probe"):
         for row, weights in lambdas.items():
