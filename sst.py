@@ -181,14 +181,12 @@ class GatedGraph(nn.Module):
         return torch.tanh(self.output(torch.cat((h, f), -1)))
 
 class SST(nn.Module):
-    """images (B, 3, H, W) uint8, pairs (2, P) -> logits (B, C), class features f (B, C, D), and
-    logits of the pairs (P,) or None. A pair is two places among the B * C features. The stages of
-    a trunk are frozen, but for the last. words (C, any width), adjacency (C, C), width D. bf16:
-    matrix products in bfloat16."""
+    """images (B, 3, H, W) uint8, pairs (2, P) of places among the B * C features -> logits (B, C),
+    class features f (B, C, D), logits of the pairs (P,) or None. Of a trunk the last stage alone is
+    trained. words (C, any width), adjacency (C, C), width D. bf16: products in bfloat16."""
 
     def __init__(self, frozen, trained, words, adjacency, width, bf16=False):
         super().__init__()
-        C = len(words)
         self.bf16 = bf16
         self.frozen = frozen.requires_grad_(False)
         self.trained = trained
@@ -196,10 +194,10 @@ class SST(nn.Module):
         self.norm = nn.BatchNorm2d(width)
         self.sarl = SemanticDecoupling(words, width)
         self.graph = GatedGraph(adjacency, width)
-        self.classifier = nn.Parameter(torch.randn(C, width) * width**-0.5)
-        self.bias = nn.Parameter(torch.zeros(C))
+        self.classifier = nn.Parameter(torch.randn(len(words), width) * width**-0.5)
+        self.bias = nn.Parameter(torch.zeros(len(words)))
         self.phi_intra = MLP(2 * width, [width // 2, width, 1])  # three layers, ReLU between
-        self.register_buffer("prototypes", torch.zeros(C, width))  # of Eq. 6
+        self.register_buffer("prototypes", torch.zeros(len(words), width))  # of Eq. 6
 
     def forward(self, images, pairs=None):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
@@ -209,13 +207,19 @@ class SST(nn.Module):
             x = self.norm(self.project(x))  # (B, D, h, w)
             f = self.sarl(x.flatten(2).transpose(1, 2))  # (B, N, D) -> (B, C, D)
             logits = (self.graph(f) * self.classifier).sum(-1) + self.bias  # (B, C)
-            if pairs is None:
-                return logits.float(), f.float(), None
-            # index_select, since the gradient of indexing depends on the order of CPU threads
-            f_i, f_j = f.flatten(0, 1).index_select(0, pairs.flatten()).chunk(2)  # (P, D) each
-            # Eq. 1: p_ij = phi_intra([f_i, f_j]), before its sigmoid
-            pair_logits = self.phi_intra(torch.cat((f_i, f_j), -1)).squeeze(-1)
-            return logits.float(), f.float(), pair_logits.float()
+            pair_logits = None
+            if pairs is not None:
+                # Eq. 1: p_ij = phi_intra([f_i, f_j]), before its sigmoid. Its first layer is
+                # W [f_i, f_j] + b = W_i f_i + b + W_j f_j: a product for a feature, not for a pair
+                first, *others = self.phi_intra
+                w_i, w_j = first.weight.chunk(2, 1)  # (D/2, D) each
+                flat = f.flatten(0, 1)  # (B * C, D)
+                h_i = F.linear(flat, w_i, first.bias)
+                h_j = F.linear(flat, w_j)
+                # index_select, since the gradient of indexing depends on the order of CPU threads
+                h = h_i.index_select(0, pairs[0]) + h_j.index_select(0, pairs[1])  # (P, D/2)
+                pair_logits = nn.Sequential(*others)(h).squeeze(-1).float()
+            return logits.float(), f.float(), pair_logits
 
 def load_trunk(arch, weights):
     """The trunk of the toy world, which has its own weights, or a ResNet of torchvision; weights:
@@ -285,9 +289,8 @@ def ist_loss(logits, target, gamma_1=1, gamma_2=2, m=0.05):
     # Eq. 4: -(1 - p)^gamma_1 log p if the pair co-occurs, -p_m^gamma_2 log(1 - p_m) if not
     loss_positive = -((1 - p) ** gamma_1) * F.logsigmoid(logits)
     loss_negative = -(p_m**gamma_2) * torch.log1p(-p_m)
-    # Eq. 3, as a mean
     loss = loss_positive * (target == 1) + loss_negative * (target == -1)
-    return loss.sum() / (target != 0).sum().clamp(min=1)
+    return loss.sum() / (target != 0).sum().clamp(min=1)  # Eq. 3, as a mean
 
 def cst_loss(u, y):
     """L_cst, Eq. 7-8: unit u (B, C, D), y (B, C) -> scalar. A mean over pairs of images with c
@@ -313,10 +316,10 @@ def partial_bce(logits, y):
 def cooccurrence(y):
     """Row i: P(j|i) = n(i and j present) / n(i present, j known), or 0. y (images, C) -> (C, C).
     It does not tell on how many images a value rests: a pair seen once may have 1."""
-    present = (y == 1).double()
-    known = (y != 0).double()
+    present = (y == 1).float()
+    known = (y != 0).float()
     p = present.T @ present / (present.T @ known).clamp(min=1)
-    return p.fill_diagonal_(0).float()
+    return p.fill_diagonal_(0)
 
 def threshold(epoch, lowest):
     """theta of Eq. 2 and 6: none in epochs 1 to 5, 0.95 in the 6th, then 0.025 less an epoch."""
@@ -326,14 +329,13 @@ def choose_pairs(y):
     """Pairs of classes i < j that the labels y (B, C) of a batch ask for: (2, P), places among the
     B * C features, and targets (P,) of Eq. 4: 1 both present, -1 both known and not both present,
     0 for the pairs of a known positive that Eq. 2 alone reads."""
-    known = y != 0
-    present = y == 1
-    wanted = known[:, :, None] & known[:, None] | present[:, :, None] | present[:, None]
+    y_i = y[:, :, None]
+    y_j = y[:, None]
+    known = (y_i * y_j).abs()  # (B, C, C), 1 where both are
+    target = torch.minimum(y_i, y_j) * known
+    wanted = known | (y_i == 1) | (y_j == 1)
     n, i, j = wanted.triu(1).nonzero().T
-    y_i = y[n, i]
-    y_j = y[n, j]
-    target = torch.where((y_i == 1) & (y_j == 1), 1, -(y_i * y_j).abs())
-    return torch.stack((i, j)) + n * y.shape[1], target
+    return torch.stack((i, j)) + n * y.shape[1], target[n, i, j]
 
 @torch.no_grad()
 def intra_pseudo_labels(p, pairs, y, theta):
@@ -413,8 +415,7 @@ def train_one_epoch(model, net, loader, optimizer, epoch, args):
     if WORLD_SIZE > 1:
         for x in (losses, features, positives, pseudo):  # each process has seen other images
             distributed.all_reduce(x)
-    if args.cst:  # Eq. 6: the mean unit feature of each class's known positives
-        net.prototypes.copy_(features / positives.clamp(min=1)[:, None])
+    net.prototypes.copy_(features / positives.clamp(min=1)[:, None])  # Eq. 6
     means = (losses / len(loader) / WORLD_SIZE).tolist()
     entry = dict(zip("loss loss_cls loss_ist loss_cst".split(), means, strict=True))
     entry["seconds"] = time.time() - start  # of training alone
