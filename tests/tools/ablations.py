@@ -35,6 +35,7 @@ SST = {
     "SST, known pairs, weight of L_ist as over all pairs": KNOWN + " --lambda-1 {weight}",
     "SSGRL, 50-d vectors": f"{SSGRL} {GLOVE_50}",
     "SST, known pairs, 50-d vectors": f"{KNOWN} {GLOVE_50}",
+    "linear probe on the trunk": "--probe {c} sst.py",
 }
 SUPERVISED = "--warm-up 99"
 CBSA = {
@@ -80,6 +81,7 @@ TABLES = {  # name: amounts known, rows
         {
             "SST": KNOWN,
             "SSGRL": SSGRL,
+            "SST, weight of L_ist as over all pairs": KNOWN + " --lambda-1 {weight}",
             "SST, width 128": f"{KNOWN} --width 128",
             "SST, width 256": f"{KNOWN} --width 256",
             "SST, twice the epochs": f"{KNOWN} --epochs 24 --lr-step 18",
