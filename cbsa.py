@@ -152,7 +152,7 @@ def label_features(f, u, where, alpha, tau):
     where (C, D); weight alpha, 0 for f alone; temperature tau, towards 0 the best position alone
     counts. -> h (B, C, D), unit."""
     # a_ki = softmax_i(<where_k, u_i> / tau)
-    a = (where @ u.transpose(1, 2) / tau).softmax(dim=-1)  # (B, C, N)
+    a = (where @ u.mT / tau).softmax(dim=-1)  # (B, C, N)
     # h_k = nrm(f + alpha sum_i a_ki u_i)
     return F.normalize(f[:, None] + alpha * (a @ u), dim=-1)
 
@@ -229,12 +229,12 @@ def clip_features(visual, images):
     if hasattr(visual, "trunk"):
         x = visual.trunk.forward_features(x)  # (B, D_in, h, w)
         f = visual.head(visual.trunk.forward_head(x))
-        maps = x.flatten(2).transpose(1, 2).flatten(0, 1)[:, :, None, None]  # (B * N, D_in, 1, 1)
+        maps = x.flatten(2).mT.flatten(0, 1)[:, :, None, None]  # (B * N, D_in, 1, 1)
         u = visual.head(visual.trunk.forward_head(maps)).unflatten(0, (len(x), -1))
     else:
         out = visual.forward_intermediates(x, indices=1 if pool else 2)  # how many of the last
         f = out["image_features"]
-        x = out["image_intermediates"][0].flatten(2).transpose(1, 2)  # (B, N, D_in)
+        x = out["image_intermediates"][0].flatten(2).mT  # (B, N, D_in)
         if pool:
             u = pool.c_proj(pool.v_proj(x + pool.positional_embedding[1:]))
         else:  # x enters the last block, in which a position by itself can only read itself

@@ -200,7 +200,7 @@ class SCINet(nn.Module):
         shift = self.up(self.down(f))  # (B, D)
         t_image = F.normalize(t + shift[:, None], dim=-1)  # (B, C, D)
         # visual-dominant: f_ic = nrm(f_i + beta sum_u softmax_u(<t_c, Z_iu> / 0.1) Z_iu)
-        a = (t @ z.transpose(1, 2) / 0.1).softmax(dim=-1)  # (B, C, N)
+        a = (t @ z.mT / 0.1).softmax(dim=-1)  # (B, C, N)
         f_class = F.normalize(f[:, None] + self.beta * (a @ z), dim=-1)  # (B, C, D)
         # p_ic = sigmoid(gamma / 2 (<f_i, t_ic> + <f_ic, t_c>) + bias_c)
         text_dominant = (f[:, None] * t_image).sum(-1)  # (B, C)
@@ -248,12 +248,12 @@ def clip_features(visual, images):
     if hasattr(visual, "trunk"):
         x = visual.trunk.forward_features(x)  # (B, D_in, h, w)
         f = visual.head(visual.trunk.forward_head(x))
-        maps = x.flatten(2).transpose(1, 2).flatten(0, 1)[:, :, None, None]  # (B * N, D_in, 1, 1)
+        maps = x.flatten(2).mT.flatten(0, 1)[:, :, None, None]  # (B * N, D_in, 1, 1)
         u = visual.head(visual.trunk.forward_head(maps)).unflatten(0, (len(x), -1))
     else:
         out = visual.forward_intermediates(x, indices=1 if pool else 2)  # how many of the last
         f = out["image_features"]
-        x = out["image_intermediates"][0].flatten(2).transpose(1, 2)  # (B, N, D_in)
+        x = out["image_intermediates"][0].flatten(2).mT  # (B, N, D_in)
         if pool:
             u = pool.c_proj(pool.v_proj(x + pool.positional_embedding[1:]))
         else:  # x enters the last block, in which a position by itself can only read itself

@@ -122,6 +122,7 @@ def parse_args(argv=None):
     need(smallest > 0, "--epochs, --batch-size (of a process) and --lr must be above 0")
     need(0 < args.known <= 1, "--known is a proportion: above 0, at most 1")
     need(args.precision in ("fp32", "bf16"), "--precision is fp32 or bf16")
+    need(args.pairs in ("both", "all"), "--pairs is both or all")
     need(not args.compile or shutil.which("g++"), "--compile needs the compiler g++; install it")
     if args.eval or args.predict:
         need(checkpoint, "--eval and --predict need --resume PATH")
@@ -157,7 +158,7 @@ class SemanticDecoupling(nn.Module):
         v = self.word(self.words)  # (C, D)
         joint = torch.tanh(u[:, :, None] * v)  # (B, N, C, D)
         weight = self.attention(joint).squeeze(-1).softmax(1)  # (B, N, C)
-        return weight.transpose(1, 2) @ x  # (B, C, D)
+        return weight.mT @ x  # (B, C, D)
 
 class GatedGraph(nn.Module):
     """Gated graph network over classes (SSGRL, Eq. 3): f (B, C, D) -> (B, C, D) in (-1, 1).
@@ -205,7 +206,7 @@ class SST(nn.Module):
             if x.shape[-1] > 8:  # positions a side; the authors' code pools too
                 x = F.avg_pool2d(x, 2)
             x = self.norm(self.project(x))  # (B, D, h, w)
-            f = self.sarl(x.flatten(2).transpose(1, 2))  # (B, N, D) -> (B, C, D)
+            f = self.sarl(x.flatten(2).mT)  # (B, N, D) -> (B, C, D)
             logits = (self.graph(f) * self.classifier).sum(-1) + self.bias  # (B, C)
             pair_logits = None
             if pairs is not None:
@@ -298,7 +299,7 @@ def cst_loss(u, y):
     s = torch.einsum("ncd,mcd->nmc", u, u)  # Eq. 5: s_c^{n,m} = cosine(f_c^n, f_c^m)
     known = y != 0
     present = y == 1
-    different = ~torch.eye(len(y), dtype=torch.bool, device=y.device)[:, :, None]  # n != m
+    different = torch.eye(len(y), device=y.device)[:, :, None] == 0  # n != m
     attract = present[:, None] & present & different  # (B, B, C)
     repel = known[:, None] & known & different & ~attract
     # Eq. 8: 1 - s where c is present in both, 1 + s otherwise; Eq. 7, as a mean over either kind
@@ -326,14 +327,13 @@ def threshold(epoch, lowest):
     return float("inf") if epoch <= 5 else max(lowest, 0.95 - 0.025 * (epoch - 6))
 
 def choose_pairs(y):
-    """Pairs of classes i < j that the labels y (B, C) of a batch ask for: (2, P), places among the
-    B * C features, and targets (P,) of Eq. 4: 1 both present, -1 both known and not both present,
-    0 for the pairs of a known positive that Eq. 2 alone reads."""
+    """Pairs i < j that the labels y (B, C) ask for: (2, P), places among the B * C features, and
+    targets (P,) of Eq. 4: 1 both present, -1 both known, not both present, 0 for Eq. 2 alone."""
     y_i = y[:, :, None]
     y_j = y[:, None]
     known = (y_i * y_j).abs()  # (B, C, C), 1 where both are
     target = torch.minimum(y_i, y_j) * known
-    wanted = known | (y_i == 1) | (y_j == 1)
+    wanted = known | (y_i + y_j == 1)  # or one present, one unknown
     n, i, j = wanted.triu(1).nonzero().T
     return torch.stack((i, j)) + n * y.shape[1], target[n, i, j]
 

@@ -159,6 +159,11 @@ def test_eq4_has_the_pairs_that_labels_or_eq2_ask_for(rng, negatives):
     assert pairs.shape[1] == len(expected) and torch.equal(labels, y)
 
 
+def test_pairs_are_both_or_all():
+    with pytest.raises(SystemExit, match="--pairs is both or all"):
+        sst.parse_args(["--pairs", "known"])
+
+
 def test_eq3_and_eq4_ist_loss(rng):
     target = random_labels(rng, 1, 60)[0]
 
