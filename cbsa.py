@@ -24,7 +24,7 @@ contexts            spectral clustering of the          the same, of a smoothed 
                     correlation of labels               not under 4, not over C / 2
 context task        on all images                       a linear head on CLIP's image feature
 pseudo-labels       thresholds for each class           by rank, as many as the labelled images
-                                                        suggest, each epoch; none near threshold
+                                                        suggest; none near threshold (toy: off)
 teacher             -                                   moving average of the network, weak views
 what learns         -                                   the last stage of the image tower, the head
 loss                -                                   asymmetric loss, four parts
@@ -200,12 +200,11 @@ def load_clip(arch, weights, size):
     try:
         spec = open_clip.get_model_config(arch)
         assert spec, "open_clip does not know it"
-        plain = "custom_text" not in spec and "hf_model_name" not in spec["text_cfg"]
-        assert plain, "its text tower is not as CLIP's and takes no prompts"
-        # whether these weights were trained with QuickGELU
-        quick = open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu", False)
-        made = dict(load_weights=load, require_pretrained=load, force_quick_gelu=quick)
-        clip = open_clip.create_model(arch, tag, **made)
+        other = {"custom_text", "hf_model_name", "pool_type"} & {*spec, *spec["text_cfg"]}
+        assert not other, "its text tower is not as CLIP's and takes no prompts"
+        quick = open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu")
+        assert not quick or spec.get("quick_gelu"), "add -quickgelu to --arch for these weights"
+        clip = open_clip.create_model(arch, tag, load_weights=load, require_pretrained=load)
         size = size or spec["vision_cfg"].get("image_size", 224)
         visual = clip.eval().visual
         stride = getattr(visual, "patch_size", [32])[0]  # of a ViT, or of CLIP's ResNets
@@ -345,8 +344,8 @@ def pseudo_labels(scores, y, one_threshold=False, band=False):
     """Class-wise thresholds (Figure 2), class-distribution-aware (our reading): (m, C) int8.
 
     scores (m, C) of the unlabelled images, y (n, C) of the labelled ones. Of every class the
-    round(prior m) highest scores are 1; all are 0 of a class that y does not show both present and
-    absent. one_threshold: as many positives in total, by one threshold for all classes.
+    round(prior m) highest scores are 1, fewer with band; all are 0 of a class that y does not show
+    both present and absent. one_threshold: as many in total, by one threshold for all classes.
     """
     taught = (y == 1).any(0) & (y == -1).any(0)
     number = (class_prior(y) * len(scores)).round().long() * taught  # (C,)
@@ -425,7 +424,7 @@ def mixed_sampler(own, mixed):
     weights = own * share / own.sum()
     if mixed:
         weights += ~own * (1 - share) / (~own).sum()
-    return WeightedRandomSampler(weights, len(own) // WORLD_SIZE)
+    return WeightedRandomSampler(weights, len(own) // WORLD_SIZE or 1)
 
 def guess_labels(teacher, images, y, args, mixed):
     """Labels of classes (n, C) and of contexts (n, G), and own (n, 1), 1 where they are those of y
@@ -445,12 +444,12 @@ def start_device(name):
     if RANK > 0:  # one process prints and warns
         sys.stdout = open(os.devnull, "w")
         logging.disable()
-    if torch.cuda.is_available():
-        name = name.replace("auto", "cuda")
-        torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-        torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.benchmark = True  # nearly all batches are of one size
     try:
+        if torch.cuda.is_available():
+            name = name.replace("auto", "cuda")
+            torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+            torch.set_float32_matmul_precision("high")  # TF32
+            torch.backends.cudnn.benchmark = True  # nearly all batches are of one size
         device = torch.zeros(1, device=name.replace("auto", "cpu")).device
     except (RuntimeError, AssertionError) as error:
         need(False, f"--device {name} cannot be used: {error}")
@@ -468,7 +467,7 @@ def use(args, checkpoint):
         os.makedirs(args.out, exist_ok=True)
         images = find_images(args.predict)
         return save_predictions(args.out, images, evaluate(net, images, args)[0], classes)
-    found, images, y = load_data(args.data, args.root, "test", args.limit)
+    found, images, y = load_data(args.data, args.root, "test", args.limit, args.download)
     need(found == classes, "--resume: the run has other classes")
     metrics = multilabel_metrics(evaluate(net, images, args)[0], y, classes)
     print(metrics_table([metrics]))
@@ -483,6 +482,7 @@ def main(args, checkpoint):
     load = partial(load_data, args.data, args.root, limit=args.limit)
     classes, *test = load("test", fetch=args.download)  # images and labels
     _, images, truth = load("train")
+    args.download = False  # a resumed run has the data
     y = hide_images(truth, args.known, args.mask_seed)
     labels = dict(classes=classes, hash=check_labels(classes, y, test[1]))
 

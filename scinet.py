@@ -3,7 +3,7 @@
 
 Wu, Teng, Feng, Shi, Lin, Zhang, Wang: Exploring Partial Multi-Label Learning via Integrating
 Semantic Co-occurrence Knowledge, 2025 (arXiv 2507.05992). This file is a reconstruction from the
-abstract, a paragraph and the captions of the figures: we did not have the equations. Both towers
+abstract, a paragraph and figures of the project's page: we did not have the equations. Both towers
 of CLIP are frozen. A prompt learns, and how image and text change each other's features. Similar
 images and correlated labels lend each other confidence in labels that nobody gave. A weak, a medium
 and a strong view of an image must agree.
@@ -16,7 +16,7 @@ Measured:  toy world mAP 95.0 +- 0.3 (CLIP 72.4); photographs, 10 %: 31.8 +- 0.2
 Neither fusion nor self-distillation added to that (tests/RESULTS.md).
 
 Where this differs. Their code is wuliwuxin/SCINet, which names an earlier paper (ACM MM 2024); "-":
-not said; "=": as theirs. Docstrings say (paper) for what rests on abstract, paragraph and captions.
+not said; "=": as theirs. Docstrings say (paper) for what rests on abstract, paragraph, figures.
 what              paper                  their code                     here (formulas: our reading)
 image tower       frozen                 learns                         frozen
 prompt            [v1 .. vm, CLASS]      m = 4, from "a photo of a"     =
@@ -24,7 +24,7 @@ text and image    bi-dominant prompter   a graph network on the texts   two halv
 images' graph     Gaussian, width 0.3    none                           10 neighbours, width 0.3
 labels' graph     Pearson, weight 0.4    a file, top-k                  Pearson of confidences with
                                                                         known labels; weight 0.03
-views             weak, medium, strong   0, 3 and 1 x RandAugment       0, 1 and 3 x, parts erased
+views             weak, medium, strong   0, 3 and 1 x RandAugment       0, 1, 3 x (toy: 0), erasing
 teacher           -                      the view of 3 of that of 1     easier view and fusion
 threshold         dynamic                tau a / (2 - a)                =, never under 1/2
 unknown label     -                      absent unless p > 0.6          no loss unless it passes
@@ -155,7 +155,7 @@ class LearnedPrompt(nn.Module):
     def __init__(self, embedding, tokens):
         super().__init__()
         self.embedding = embedding
-        self.context = nn.Parameter(embedding(tokens)[0, 1:5].detach())  # (4, width)
+        self.context = nn.Parameter(embedding(tokens[0, 1:5]).detach())  # (4, width)
 
     def forward(self, tokens):
         x = self.embedding(tokens).clone()
@@ -219,12 +219,11 @@ def load_clip(arch, weights, size):
     try:
         spec = open_clip.get_model_config(arch)
         assert spec, "open_clip does not know it"
-        plain = "custom_text" not in spec and "hf_model_name" not in spec["text_cfg"]
-        assert plain, "its text tower is not as CLIP's and takes no prompts"
-        # whether these weights were trained with QuickGELU
-        quick = open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu", False)
-        made = dict(load_weights=load, require_pretrained=load, force_quick_gelu=quick)
-        clip = open_clip.create_model(arch, tag, **made)
+        other = {"custom_text", "hf_model_name", "pool_type"} & {*spec, *spec["text_cfg"]}
+        assert not other, "its text tower is not as CLIP's and takes no prompts"
+        quick = open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu")
+        assert not quick or spec.get("quick_gelu"), "add -quickgelu to --arch for these weights"
+        clip = open_clip.create_model(arch, tag, load_weights=load, require_pretrained=load)
         size = size or spec["vision_cfg"].get("image_size", 224)
         visual = clip.eval().visual
         stride = getattr(visual, "patch_size", [32])[0]  # of a ViT, or of CLIP's ResNets
@@ -425,12 +424,12 @@ def start_device(name):
     if RANK > 0:  # one process prints and warns
         sys.stdout = open(os.devnull, "w")
         logging.disable()
-    if torch.cuda.is_available():
-        name = name.replace("auto", "cuda")
-        torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-        torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.benchmark = True  # nearly all batches are of one size
     try:
+        if torch.cuda.is_available():
+            name = name.replace("auto", "cuda")
+            torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+            torch.set_float32_matmul_precision("high")  # TF32
+            torch.backends.cudnn.benchmark = True  # nearly all batches are of one size
         device = torch.zeros(1, device=name.replace("auto", "cpu")).device
     except (RuntimeError, AssertionError) as error:
         need(False, f"--device {name} cannot be used: {error}")
@@ -448,7 +447,7 @@ def use(args, checkpoint):
         os.makedirs(args.out, exist_ok=True)
         images = find_images(args.predict)
         return save_predictions(args.out, images, evaluate(net, images, args)[0], classes)
-    found, images, y = load_data(args.data, args.root, "test", args.limit)
+    found, images, y = load_data(args.data, args.root, "test", args.limit, args.download)
     need(found == classes, "--resume: the run has other classes")
     metrics = multilabel_metrics(evaluate(net, images, args)[0], y, classes)
     print(metrics_table([metrics]))
@@ -463,8 +462,9 @@ def main(args, checkpoint):
     load = partial(load_data, args.data, args.root, limit=args.limit)
     classes, *test = load("test", fetch=args.download)  # images and labels
     _, images, truth = load("train")
-    related = min(args.neighbours, len(images) - 1)
-    need(related > 0, "--neighbours must be above 0, and the training images two or more")
+    args.download = False  # a resumed run has the data
+    need(args.neighbours and args.sigma, "--neighbours and --sigma must be above 0")
+    need(len(images) > 1, "the training images must be two or more")
     y = hide_entries(truth, args.known, args.mask_seed)
     labels = dict(classes=classes, hash=check_labels(classes, y, test[1]))
 

@@ -110,22 +110,40 @@ def test_the_size_is_the_towers_own_unless_it_is_given(tmp_path):
     assert cbsa.load_clip(write(tmp_path), "none", 32)[2] == 32
 
 
-def test_a_tag_whose_weights_were_made_with_quick_gelu_gets_it(monkeypatch, tmp_path, rng):
-    """The name is one without -quickgelu: RN50, ViT-B-16, ..., of OpenAI."""
+@pytest.fixture
+def tagged(monkeypatch, tmp_path):
+    """A CLIP made with QuickGELU. Its weights have the tag openai, its names are small-quickgelu
+    and small."""
     words = dict(text_cfg=TEXT | dict(vocab_size=49408))  # of CLIP's tokenizer
     quick = load(write(tmp_path, quick_gelu=True, **words))
     torch.save(quick.state_dict(), tmp_path / "clip.pth")
-    tag = PREPROCESS | dict(file=tmp_path / "clip.pth")
+    colours = dict(mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD)
+    quick.visual.preprocess_cfg |= colours
+    tag = colours | dict(file=tmp_path / "clip.pth")
     tags = dict(openai=tag | dict(quick_gelu=True), other=tag)
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small", SPEC | words)
-    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small", tags)
+    for name, more in {"small": {}, "small-quickgelu": dict(quick_gelu=True)}.items():
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, SPEC | words | more)
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, tags)
+    return quick.visual
+
+
+def test_weights_that_were_made_with_quick_gelu_need_a_name_that_says_so(tagged, rng):
+    """RN50, ViT-B-16, ..., of OpenAI."""
     images = random_images(rng, 64, 2)
-    towers = [quick.visual, *(cbsa.load_clip("small", tag, 0)[0].visual for tag in tags)]
-    expected, ours, other = (cbsa.clip_features(tower, images)[0] for tower in towers)
+    named = cbsa.load_clip("small-quickgelu", "openai", 0)[0].visual
+    expected, ours = (cbsa.clip_features(tower, images)[0] for tower in (tagged, named))
     torch.testing.assert_close(ours, expected)
-    assert not torch.allclose(other, expected, atol=1e-4)
-    args = scinet.parse_args("--data coco --arch small --weights openai".split())[0]
+    assert "add -quickgelu to --arch" in refusal("small", "openai")
+    other = cbsa.load_clip("small", "other", 0)[0].visual
+    assert not torch.allclose(cbsa.clip_features(other, images)[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", ["openai", "none"])
+def test_a_checkpoint_gives_the_same_scores_with_any_weights(tagged, rng, weights):
+    images = random_images(rng, 64, 2)
+    args = scinet.parse_args("--data coco --arch small-quickgelu".split())[0]
     net = scinet.build(args, ["cat", "dog"], None, None)
+    args.weights = weights
     again = scinet.build(args, ["cat", "dog"], None, dict(model=net.state_dict()))
     torch.testing.assert_close(net.eval()(images), again.eval()(images))
 
@@ -156,6 +174,7 @@ REFUSED = {  # what is in the folder, --size, words of the message
     "channels last": (dict(vision=TIMM | dict(timm_model_name="test_mambaout")), 0, ""),
     "text tower of SigLIP": (dict(custom_text=True), 0, "takes no prompts"),
     "other text tower": (dict(text_cfg=dict(hf_model_name="bert")), 0, "takes no prompts"),
+    "other end of a text": (dict(text_cfg=TEXT | dict(pool_type="last")), 0, "takes no prompts"),
 }
 
 
