@@ -71,8 +71,7 @@ def check_labels(classes, y, test_y):
 # -------------------------------------------------------------------------------------- data sets
 def load_data(name, root, part, limit=0, fetch=False):
     """Class names, images and y (images, C) of the "train" or the "test" part of a data set, or of
-    its first `limit` images. images are paths or uint8 (images, height, width, 3). fetch: download
-    the data set first."""
+    its first `limit` images: paths, or uint8 (images, height, width, 3). fetch: download first."""
     if name == "toy":
         from tests.toy import world  # only here: the methods need nothing from it
         classes, images, y = world.load(part)
@@ -274,7 +273,7 @@ def check_images(paths):
         open_image(path, side=64)
 
 def find_images(paths):
-    """The files of --predict: paths, and all files in and below folders, but hidden ones."""
+    """The files of --predict: paths, and all files in and below folders, but for hidden files."""
     found = []
     for path in map(Path, paths):
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
@@ -288,6 +287,8 @@ def make_view(size, smallest_crop=0, operations=0, erase=0.0, part=0.1):
     resize to 512, a random crop of 512, 448, ... or smallest_crop, and a flip (SST, "Implementation
     Details"; all times size / 448). At the end so many operations of RandAugment, and, with a
     chance of `erase`, a random part of the image up to `part` is erased."""
+    fine = size > 0 and smallest_crop <= 512 and max(erase, part) <= 1
+    need(fine, "--size must be above 0, --smallest-crop at most 512, --erase at most 1")
     bicubic = v2.InterpolationMode.BICUBIC
     steps = []
     if smallest_crop:
@@ -315,8 +316,7 @@ class ImageDataset(Dataset):
         return *(view(image) for view in self.views), i
 
 def normalise(images, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
-    """uint8 (B, 3, H, W) -> float32, by default with mean and deviation of ImageNet. A tensor of
-    these would have to be copied to the device in each step."""
+    """uint8 (B, 3, H, W) -> float32. A tensor of means would be copied to the device each step."""
     return torch.stack([(images[:, k] / 255 - mean[k]) / std[k] for k in range(3)], dim=1)
 
 # ---------------------------------------------------------------------- metrics, tables, pictures

@@ -317,6 +317,12 @@ def test_randaugment_comes_after_the_resize(monkeypatch):
     assert augment.call_args.args[0].size == (48, 48)
 
 
+@pytest.mark.parametrize("given", [(0,), (64, 600), (64, 0, 2, 1.5), (64, 0, 2, 0.5, 1.5)])
+def test_a_view_that_cannot_be_is_refused(given):
+    with pytest.raises(SystemExit, match="--size must be above 0, --smallest-crop at most 512, "):
+        common.make_view(*given)
+
+
 def test_a_part_of_a_view_is_erased():
     view = common.make_view(64, erase=1.0, part=0.1)
     erased = (view(Image.new("RGB", (64, 64), "white")) == 0).float().mean().item()
