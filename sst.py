@@ -122,7 +122,6 @@ def parse_args(argv=None):
     need(smallest > 0, "--epochs, --batch-size (of a process) and --lr must be above 0")
     need(0 < args.known <= 1, "--known is a proportion: above 0, at most 1")
     need(args.precision in ("fp32", "bf16"), "--precision is fp32 or bf16")
-    need(args.pairs in ("both", "all"), "--pairs is both or all")
     need(not args.compile or shutil.which("g++"), "--compile needs the compiler g++; install it")
     if args.eval or args.predict:
         need(checkpoint, "--eval and --predict need --resume PATH")
@@ -175,7 +174,7 @@ class GatedGraph(nn.Module):
         h = f
         for _ in range(3):  # steps, as SSGRL
             message = torch.cat((self.adjacency @ h, self.adjacency.T @ h), -1)  # (B, C, 2D)
-            gates = torch.sigmoid(self.gates(torch.cat((message, h), -1)))
+            gates = self.gates(torch.cat((message, h), -1)).sigmoid()
             z, r = gates.chunk(2, -1)  # update and reset gate, (B, C, D) each
             new = torch.tanh(self.candidate(torch.cat((message, r * h), -1)))
             h = (1 - z) * h + z * new  # (B, C, D)
@@ -216,7 +215,7 @@ class SST(nn.Module):
                 w_i, w_j = first.weight.chunk(2, 1)  # (D/2, D) each
                 flat = f.flatten(0, 1)  # (B * C, D)
                 h_i = F.linear(flat, w_i, first.bias)
-                h_j = F.linear(flat, w_j)
+                h_j = flat @ w_j.T
                 # index_select, since the gradient of indexing depends on the order of CPU threads
                 h = h_i.index_select(0, pairs[0]) + h_j.index_select(0, pairs[1])  # (P, D/2)
                 pair_logits = nn.Sequential(*others)(h).squeeze(-1).float()
@@ -271,7 +270,7 @@ def build(args, classes, y, checkpoint):
     else:
         words = read_words(args.glove, args.data, classes)
         adjacency = cooccurrence(torch.tensor(y))
-    trunk = load_trunk(args.arch, args.weights)
+    trunk = load_trunk(args.arch, "none" if checkpoint else args.weights)
     net = SST(*trunk, words, adjacency, args.width, args.precision == "bf16")
     net.phi_intra.requires_grad_(args.ist)  # DistributedDataParallel wants all to be used
     net.eval()(torch.zeros(1, 3, 64, 64))  # a small image shows how many channels the map has
@@ -285,12 +284,12 @@ def build(args, classes, y, checkpoint):
 def ist_loss(logits, target, gamma_1=1, gamma_2=2, m=0.05):
     """L_ist, Eq. 3-4: logits (P,), target (P,) in {1, 0, -1} -> scalar, a mean over the pairs with
     a target, 0 without any. The minus sign and max(p - m, 0) are those of the authors' code."""
-    p = torch.sigmoid(logits)
-    p_m = (p - m).clamp(min=0)
+    p = logits.sigmoid()
+    p_m = F.relu(p - m)
     # Eq. 4: -(1 - p)^gamma_1 log p if the pair co-occurs, -p_m^gamma_2 log(1 - p_m) if not
     loss_positive = -((1 - p) ** gamma_1) * F.logsigmoid(logits)
     loss_negative = -(p_m**gamma_2) * torch.log1p(-p_m)
-    loss = loss_positive * (target == 1) + loss_negative * (target == -1)
+    loss = loss_positive * (target > 0) + loss_negative * (target < 0)
     return loss.sum() / (target != 0).sum().clamp(min=1)  # Eq. 3, as a mean
 
 def cst_loss(u, y):
@@ -324,7 +323,7 @@ def cooccurrence(y):
 
 def threshold(epoch, lowest):
     """theta of Eq. 2 and 6: none in epochs 1 to 5, 0.95 in the 6th, then 0.025 less an epoch."""
-    return float("inf") if epoch <= 5 else max(lowest, 0.95 - 0.025 * (epoch - 6))
+    return torch.inf if epoch <= 5 else max(lowest, 0.95 - 0.025 * (epoch - 6))
 
 def choose_pairs(y):
     """Pairs i < j that the labels y (B, C) ask for: (2, P), places among the B * C features, and
@@ -358,12 +357,12 @@ def cross_pseudo_labels(u, y, prototypes, theta):
     return torch.where((y == 0) & (s >= theta), 1, y)
 
 # ------------------------------------------------------------------------- training and evaluation
-def collate(batch, y, negatives):
-    """Images, labels, indices, pairs and their targets, all made on the CPU. negatives "all" takes
-    what is unknown for absent in pairs."""
+def collate(batch, y, unknown):
+    """Images, labels, indices, pairs and their targets, all made on the CPU. unknown: what pairs
+    take an unknown label for, 0 or, with --pairs all, -1."""
     images, index = default_collate(batch)
-    said = torch.where(y == 0, -1, y) if negatives == "all" else y
-    return images, y[index], index, *choose_pairs(said[index])
+    y = y[index]
+    return images, y, index, *choose_pairs(torch.where(y == 0, unknown, y))
 
 def gather(x):
     """x (B, ...) of all processes, one after the other. DistributedDataParallel averages gradients,
@@ -390,12 +389,12 @@ def train_one_epoch(model, net, loader, optimizer, epoch, args):
     pseudo = torch.zeros(len(loader.dataset), len(net.bias), dtype=torch.int8, device=device)
     for batch in progress(loader):
         images, y, index, pairs, target = (x.to(device, non_blocking=True) for x in batch)
-        logits, f, pair_logits = model(images, pairs)  # (B, C), (B, C, D), (P,)
+        logits, f, pair_logits = model(images, pairs if args.ist else None)
         u = F.normalize(f, dim=-1)
         completed = [y]  # known labels, and what each module makes of them
         loss_ist = loss_cst = logits.new_zeros(())
         if args.ist:
-            completed.append(intra_pseudo_labels(torch.sigmoid(pair_logits), pairs, y, theta))
+            completed.append(intra_pseudo_labels(pair_logits.sigmoid(), pairs, y, theta))
             loss_ist = ist_loss(pair_logits, target)
         if args.cst:
             completed.append(cross_pseudo_labels(u, y, net.prototypes, theta))
@@ -449,12 +448,12 @@ def start_device(name):
     if RANK > 0:  # one process prints and warns
         sys.stdout = open(os.devnull, "w")
         logging.disable()
-    if torch.cuda.is_available():
-        name = name.replace("auto", "cuda")
-        torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-        torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.benchmark = True  # nearly all batches are of one size
     try:
+        if torch.cuda.is_available():
+            name = name.replace("auto", "cuda")
+            torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+            torch.set_float32_matmul_precision("high")  # TF32
+            torch.backends.cudnn.benchmark = True  # nearly all batches are of one size
         device = torch.zeros(1, device=name.replace("auto", "cpu")).device
     except (RuntimeError, AssertionError) as error:
         need(False, f"--device {name} cannot be used: {error}")
@@ -472,7 +471,7 @@ def use(args, checkpoint):
         os.makedirs(args.out, exist_ok=True)
         images = find_images(args.predict)
         return save_predictions(args.out, images, evaluate(net, images, args), classes)
-    found, images, y = load_data(args.data, args.root, "test", args.limit)
+    found, images, y = load_data(args.data, args.root, "test", args.limit, args.download)
     need(found == classes, "--resume: the run has other classes")
     metrics = multilabel_metrics(evaluate(net, images, args), y, classes)
     print(metrics_table([metrics]))
@@ -480,6 +479,7 @@ def use(args, checkpoint):
 
 def main(args, checkpoint):
     # processes and device
+    need(args.pairs in ("both", "all"), "--pairs is both or all")
     device = start_device(args.device)
     torch.manual_seed(args.seed)
 
@@ -487,12 +487,12 @@ def main(args, checkpoint):
     load = partial(load_data, args.data, args.root, limit=args.limit)
     classes, *test = load("test", fetch=args.download)  # images and labels
     _, images, truth = load("train")
+    args.download = False  # a resumed run has the data
     y = hide_entries(truth, args.known, args.mask_seed)
     labels = dict(classes=classes, hash=check_labels(classes, y, test[1]))
 
     # network
     net = build(args, classes, y, checkpoint).to(device, memory_format=torch.channels_last)
-    print("no label is guessed before epoch 6")
     fit(net, (images, y, truth), test, labels, args, checkpoint)
 
 def fit(net, train, test, labels, args, checkpoint):
@@ -501,7 +501,7 @@ def fit(net, train, test, labels, args, checkpoint):
     images, y, truth = train
     data = ImageDataset(images, args.size, args.smallest_crop)
     sampler = DistributedSampler(data, WORLD_SIZE, RANK, drop_last=True)
-    pairs = partial(collate, y=torch.tensor(y), negatives=args.pairs)
+    pairs = partial(collate, y=torch.tensor(y), unknown=-1 if args.pairs == "all" else 0)
     loader = make_loader(data, args, sampler, drop_last=True, collate_fn=pairs)
 
     # optimizer

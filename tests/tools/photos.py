@@ -267,7 +267,8 @@ def main() -> None:
         save_pictures=lambda *given: None,
     )
     if method == "sst":
-        changes["load_trunk"] = load_trunk
+        # a resumed run asks for no weights, but this trunk is in no checkpoint
+        changes["load_trunk"] = lambda arch, _: load_trunk(arch, args.weights)
     else:
         changes["load_clip"] = looking_up(script.load_clip, tuned=method == "cbsa")
 
