@@ -12,7 +12,7 @@ Run:  python cbsa.py                              toy world, 5 % of the images l
       python cbsa.py --data coco --known 0.05     COCO 2014 in data/
       python cbsa.py --warm-up 99                 supervised: no loss on unlabelled images
 
-Measured:  toy world mAP 93.7 +- 0.1 (CLIP 72.4); photographs, 5 %: 31.8 +- 0.2 (CLIP 28.0).
+Measured:  toy world mAP 93.7 +- 0.1 (CLIP 72.4); photographs, 5 %: 31.8 +- 0.2 (CLIP 28.5).
 The unlabelled images bring little of that (tests/RESULTS.md).
 
 Where this differs. Docstrings say (abstract) or (Figure) for what rests on these.
