@@ -32,7 +32,7 @@ SST = {
     "SST, known pairs": KNOWN,
     "SST, all pairs": "sst.py --pairs all",
     "SST, known pairs, no guesses": f"{KNOWN} --theta 1",
-    "SST, known pairs, weight of L_ist as over all pairs": KNOWN + " --lambda-1 {weight}",
+    "SST, known pairs, L_ist a mean over these": KNOWN + " --lambda-1 {weight}",
     "SSGRL, 50-d vectors": f"{SSGRL} {GLOVE_50}",
     "SST, known pairs, 50-d vectors": f"{KNOWN} {GLOVE_50}",
     "linear probe on the trunk": "--probe {c} sst.py",
@@ -81,7 +81,7 @@ TABLES = {  # name: amounts known, rows
         {
             "SST": KNOWN,
             "SSGRL": SSGRL,
-            "SST, weight of L_ist as over all pairs": KNOWN + " --lambda-1 {weight}",
+            "SST, L_ist a mean over known pairs": KNOWN + " --lambda-1 {weight}",
             "SST, width 128": f"{KNOWN} --width 128",
             "SST, width 256": f"{KNOWN} --width 256",
             "SST, twice the epochs": f"{KNOWN} --epochs 24 --lr-step 18",
@@ -118,7 +118,7 @@ def command(row: str, known: float, seed: int, out: Path, args) -> list[str]:
     script = next(word for word in words if word.endswith(".py"))
     shared = args.photos[1] if args.photos else ""
     filled = dict(
-        c=PROBES.get(script, {}).get(known, 0.003), weight=10 * known**2, shared=shared
+        c=PROBES.get(script, {}).get(known, 0.003), weight=10 / known**2, shared=shared
     )
     words = row.format(**filled).split()
     words += f"--known {known} --seed {seed} --mask-seed {seed} --resume auto --out {out}".split()
