@@ -516,7 +516,7 @@ def fit(net, train, test, s, l_n, labels, args, checkpoint):
     # loop
     for epoch in range(len(log), args.epochs + 1):  # the first entry of the log is the run
         seed = 1000 * args.seed + epoch  # a resumed run repeats its epoch
-        torch.manual_seed(seed)
+        torch.manual_seed(seed * WORLD_SIZE + RANK)  # each process augments in its own way
         sampler.set_epoch(seed)
         fused, q, thresholds = complete(s, y, l_n, args)
         known = (y, fused, thresholds)

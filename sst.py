@@ -241,10 +241,9 @@ def load_trunk(arch, weights):
 
 def read_words(path, data, classes):
     """Word vectors (C, width): rows of an array file, or of a text file of GloVe the mean over the
-    words of each class name. path: also "auto", what comes with this file, and "none", random."""
+    words of a class. path: also "auto", the shipped ones (2012: as 2007), and "none", random."""
     if path == "auto":
-        name = f"glove.840B.300d.{data.replace('2012', '2007')}.npy"  # classes are the same
-        path = f"{Path(__file__).parent}/tests/toy/{name}"
+        path = f"{Path(__file__).parent}/tests/toy/glove.840B.300d.{data.replace('12', '07')}.npy"
         path = path if os.path.exists(path) else "none"
     if path == "none":
         return torch.randn(len(classes), 300)
@@ -257,7 +256,7 @@ def read_words(path, data, classes):
             lines = (line.split() for line in open(path, encoding="utf-8"))
             found = {word: np.array(row, float) for word, *row in lines if word in wanted}
             vectors = np.array([np.mean([found[word] for word in name], 0) for name in names])
-        assert len(vectors) == len(classes), f"{len(vectors)} rows for {len(classes)} classes"
+        assert vectors[:, 0].size == len(classes), f"{vectors.shape} for {len(classes)} classes"
         return torch.tensor(vectors).float()
     except Exception as error:  # files of any content
         need(False, f"--glove {path} has no vector for, or is not fit: {error}; none is random")
@@ -298,7 +297,7 @@ def cst_loss(u, y):
     s = torch.einsum("ncd,mcd->nmc", u, u)  # Eq. 5: s_c^{n,m} = cosine(f_c^n, f_c^m)
     known = y != 0
     present = y == 1
-    different = torch.eye(len(y), device=y.device)[:, :, None] == 0  # n != m
+    different = torch.eye(len(y), device=y.device)[..., None] == 0  # n != m
     attract = present[:, None] & present & different  # (B, B, C)
     repel = known[:, None] & known & different & ~attract
     # Eq. 8: 1 - s where c is present in both, 1 + s otherwise; Eq. 7, as a mean over either kind
@@ -310,8 +309,9 @@ def partial_bce(logits, y):
     """Eq. 9 with a minus sign: logits (B, C), y (B, C) in {1, 0, -1} -> scalar, a mean over images,
     each of which averages over its known entries; one with nothing known contributes 0."""
     # Eq. 9: log p where y = 1 and log(1 - p) where y = -1; both are log sigmoid(y * logit)
-    loss = -F.logsigmoid(y * logits) * y.abs()  # (B, C)
-    return (loss.sum(1) / y.abs().sum(1).clamp(min=1)).mean()
+    known = y.abs()
+    loss = -F.logsigmoid(y * logits) * known  # (B, C)
+    return (loss.sum(1) / known.sum(1).clamp(min=1)).mean()
 
 def cooccurrence(y):
     """Row i: P(j|i) = n(i and j present) / n(i present, j known), or 0. y (images, C) -> (C, C).
@@ -328,7 +328,7 @@ def threshold(epoch, lowest):
 def choose_pairs(y):
     """Pairs i < j that the labels y (B, C) ask for: (2, P), places among the B * C features, and
     targets (P,) of Eq. 4: 1 both present, -1 both known, not both present, 0 for Eq. 2 alone."""
-    y_i = y[:, :, None]
+    y_i = y[..., None]
     y_j = y[:, None]
     known = (y_i * y_j).abs()  # (B, C, C), 1 where both are
     target = torch.minimum(y_i, y_j) * known
@@ -525,7 +525,7 @@ def fit(net, train, test, labels, args, checkpoint):
     # loop
     for epoch in range(len(log), args.epochs + 1):  # the first entry of the log is the run
         seed = 1000 * args.seed + epoch  # a resumed run repeats its epoch
-        torch.manual_seed(seed)
+        torch.manual_seed(seed * WORLD_SIZE + RANK)  # each process augments in its own way
         sampler.set_epoch(seed)
         lr = args.lr if epoch <= args.lr_step else args.lr / 10
         optimizer.param_groups[0]["lr"] = lr

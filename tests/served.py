@@ -111,6 +111,18 @@ def fail_at_the_first_metrics(common):
     at_call(common, "multilabel_metrics", 1, fail)
 
 
+def note_seeds(common):
+    """Write the seed that augments each image into a file of the process."""
+    original = common.ImageDataset.__getitem__
+
+    def noted(data, i):
+        with open(f"seeds {os.environ['RANK']}", "a") as file:
+            print(torch.initial_seed(), file=file)
+        return original(data, i)
+
+    common.ImageDataset.__getitem__ = noted
+
+
 def compile_eagerly(common):
     torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="eager")
     shutil.which = lambda name: name

@@ -308,7 +308,8 @@ def run_two(start, name, *flags):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    both = [start(name, *flags, env=shared | dict(RANK=str(r), LOCAL_RANK=str(r))) for r in (0, 1)]
+    ranks = [shared | dict(RANK=str(r), LOCAL_RANK=str(r)) for r in (0, 1)]
+    both = [start(name, *flags, env=env, change=served.note_seeds) for env in ranks]
     for process in both:
         process.join(200)
     return [process.exitcode for process in both]
@@ -321,6 +322,8 @@ def test_two_processes_train_evaluate_each_image_once_and_one_writes(name, run, 
     assert text.count("device: cpu") == text.count("| last epoch |") == 1
     log = lines(tmp_path / "run")
     assert [line.get("epoch") for line in log] == [None, 1, 2]
+    seeds = [{*(tmp_path / f"seeds {rank}").read_text().split()} - {"0"} for rank in (0, 1)]
+    assert len(seeds[0]) == 2 and not seeds[0] & seeds[1]  # one an epoch; 0 is before the first
     status, out, _ = run(name, "--eval", "--resume", "run/last.pt")  # one process, same scores
     assert status == 0
     shown = next(line for line in out.splitlines() if line.startswith("| mAP |")).split()[3]

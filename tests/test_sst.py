@@ -371,9 +371,13 @@ def test_words_are_random_where_there_is_no_file(path, data):
     assert words.shape == (20, 300) and (words.std(1) > 0.8).all()
 
 
-@pytest.mark.parametrize(("name", "reason"), [("a.npy", "4 rows for 3"), ("a.txt", "'zebra'")])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("a.npy", r"\(4, 2\) for 3 classes"), ("b.npy", "1-dimensional"), ("a.txt", "'zebra'")],
+)
 def test_words_that_do_not_fit_end_in_a_line_that_names_them(tmp_path, name, reason):
     np.save(tmp_path / "a.npy", np.zeros((4, 2)))
+    np.save(tmp_path / "b.npy", np.zeros(3))
     (tmp_path / "a.txt").write_text("dog 1 2\ncat 3 4")
     with pytest.raises(SystemExit, match=f"^.*{name}.*{reason}.*$") as end:
         sst.read_words(f"{tmp_path}/{name}", "coco", ["cat", "zebra", "dog"])
