@@ -20,8 +20,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
-# a row: its name, and options of photos.py before the script's name, flags of the script after it;
-# {c}, {weight} and {shared} are filled in
+# a row: its name, and options of photos.py or variants.py before the script's name, flags of the
+# script after it; what stands in braces is filled in
 SSGRL = "sst.py --no-ist --no-cst"
 KNOWN = "sst.py --pairs both"
 GLOVE_50 = "--glove {shared}/words/glove.6B.50d.part.txt"
@@ -84,7 +84,7 @@ TABLES = {  # name: amounts known, rows
             "SST, L_ist a mean over known pairs": KNOWN + " --lambda-1 {weight}",
             "SST, width 128": f"{KNOWN} --width 128",
             "SST, width 256": f"{KNOWN} --width 256",
-            "SST, twice the epochs": f"{KNOWN} --epochs 24 --lr-step 18",
+            "SST, twice the epochs": KNOWN + " --epochs {epochs} --lr-step {lr_step}",
             "SST, classifier from zero, bias from prior": f"--variant start_at_prior {KNOWN}",
             "SST, dropout before the classifier": f"--variant drop_out {KNOWN}",
             "SST, graph's input added to its output": f"--variant add_input {KNOWN}",
@@ -117,14 +117,14 @@ def command(row: str, known: float, seed: int, out: Path, args) -> list[str]:
     words = row.split()
     script = next(word for word in words if word.endswith(".py"))
     shared = args.photos[1] if args.photos else ""
-    filled = dict(
-        c=PROBES.get(script, {}).get(known, 0.003), weight=10 / known**2, shared=shared
-    )
+    filled = dict(c=PROBES.get(script, {}).get(known, 0.003), weight=10 / known**2, shared=shared)
+    filled |= dict(epochs=24, lr_step=18)  # twice those of photos.py
     words = row.format(**filled).split()
     words += f"--known {known} --seed {seed} --mask-seed {seed} --resume auto --out {out}".split()
-    if not args.photos:
-        return [sys.executable, str(ROOT / script), *words[1:]]
     place = words.index(script) + 1
+    if not args.photos:
+        tool = [str(HERE / "variants.py"), *words[: place - 1]] if place > 1 else []
+        return [sys.executable, *tool, str(ROOT / script), *words[place:]]
     own = f"--root {shared}/coco-mini".split()
     if script == "sst.py":
         own += f"--weights {shared}/weights/mobilenet_v2_imagenet.pth".split()
@@ -133,6 +133,10 @@ def command(row: str, known: float, seed: int, out: Path, args) -> list[str]:
     options = f"{args.photos[0]} --threads {args.threads} --images {args.images}".split()
     options += ["--held-out", str(args.held_out)]
     return [sys.executable, str(HERE / "photos.py"), *options, *words[:place], *own, *words[place:]]
+
+
+def needs_photos(flags: str) -> bool:
+    return "{" in flags or flags.startswith(("--probe", "--whole-images", "--zero-shot"))
 
 
 def finished(out: Path) -> list[dict] | None:
@@ -177,7 +181,7 @@ def main() -> None:
     amounts, rows = TABLES[args.table]
     amounts = args.known or amounts
     if not args.photos:  # what needs photos.py
-        rows = {row: flags for row, flags in rows.items() if flags[:2] != "--" and "{" not in flags}
+        rows = {row: flags for row, flags in rows.items() if not needs_photos(flags)}
     rows = {row: rows[row] for k, row in enumerate(rows) if args.rows is None or k in args.rows}
     name = f"{args.table}-{args.images}" if args.photos else args.table
     runs = args.runs or Path("runs") / name

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
+from tests.tools.variants import VARIANTS  # noqa: E402
 
 RECIPES = dict(  # what two cores can do: a MobileNetV2's map of 5 x 5 positions, narrow heads
     sst="--arch mobilenet_v2 --width 64 --epochs 12 --lr 3e-3 --lr-step 9 --weight-decay 1e-5",
@@ -201,40 +202,6 @@ def probe(script, args, costs: list[float], load_data) -> None:
         metrics = common.multilabel_metrics(logits.numpy(), test[1], classes)
         print(f"C {c:g}: ", end="")
         write(args, metrics["mAP"], len(metrics["AP"]))
-
-
-# what was tried in order to bring SST nearer to a linear probe, on this copy of the script
-
-
-def start_at_prior(script) -> None:
-    """The classifier starts at zero, its bias at the prior."""
-    build = script.build
-
-    def changed(args, classes, y, checkpoint):
-        net = build(args, classes, y, checkpoint)
-        prior = ((y == 1).sum(0) + 0.5) / ((y != 0).sum(0) + 1)
-        net.classifier.data.zero_()
-        net.bias.data.copy_(torch.tensor(prior).logit())
-        return net
-
-    script.build = changed
-
-
-def drop_out(script) -> None:
-    """Dropout of 0.5 before the classifier."""
-    forward = script.GatedGraph.forward
-    script.GatedGraph.forward = lambda graph, f: nn.functional.dropout(
-        forward(graph, f), 0.5, graph.training
-    )
-
-
-def add_input(script) -> None:
-    """The output of the graph is added to its input."""
-    forward = script.GatedGraph.forward
-    script.GatedGraph.forward = lambda graph, f: f + forward(graph, f)
-
-
-VARIANTS = {f.__name__: f for f in (start_at_prior, drop_out, add_input)}
 
 
 def main() -> None:
