@@ -11,7 +11,7 @@ Run:  python sst.py                                toy world, 10 % of the labels
       python sst.py --data coco --known 0.5        COCO 2014 in data/
       python sst.py --no-ist --no-cst              without both modules: SSGRL (ICCV 2019)
 
-Measured:  toy world mAP 77.0 +- 0.7 (SSGRL 74.6 +- 1.0); on 8,000 photographs no gain over SSGRL.
+Measured:  toy world mAP 77.0 +- 0.7 (SSGRL 74.3 +- 0.8); on 8,000 photographs no gain over SSGRL.
 Where this differs. Their code is HCPLab-SYSU/HCP-MLR-PL; "-": not said; "=": as theirs.
 what               paper               their code                        here
 attention, Eq. -   -                   512 wide                          D wide, 1024
